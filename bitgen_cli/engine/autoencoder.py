@@ -1,0 +1,178 @@
+"""The convolutional autoencoder: image to latent and back.
+
+Source: INFINITY_FORMAT section 3 (bsq_vae/vae.py, conv.py), GroupNorm variant without attention. Modules carry the plain
+LDM names (`encoder.down.0.block.0.conv1.weight`); infinity_weights.py maps the published nested ones onto them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitgen_cli.config import TokenizerConfig
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of 32 groups where the channels divide by 32, else of 24."""
+    return nn.GroupNorm(32 if channels % 32 == 0 else 24, channels, eps=1e-6)
+
+
+def norm_swish(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """swish(norm(x)); the normalised tensor is ours alone, so the activation overwrites it."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
+class ResBlock(nn.Module):
+    """h = conv2(swish(norm2(conv1(swish(norm1(x)))))); returns shortcut(x) + h."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = group_norm(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(norm_swish(x, self.norm1))
+        h = self.conv2(norm_swish(h, self.norm2))
+        shortcut = x if self.nin_shortcut is None else self.nin_shortcut(x)
+        return shortcut + h if torch.is_grad_enabled() else h.add_(shortcut)
+
+
+class Downsample(nn.Module):
+    """Zero-pad right and bottom by one, then 3x3 with stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return y
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour x2, then 3x3."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return y
+
+
+class Middle(nn.Module):
+    """Two residual blocks at the lowest resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block_2(self.block_1(x))
+        return y
+
+
+class EncoderLevel(nn.Module):
+    """Residual blocks at one resolution, then half of it (but for the last level)."""
+
+    def __init__(self, channels_in: int, channels_out: int, blocks: int, downsample: bool) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(channels_in if n == 0 else channels_out, channels_out) for n in range(blocks))
+        self.downsample = Downsample(channels_out) if downsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x if self.downsample is None else self.downsample(x)
+
+
+class DecoderLevel(nn.Module):
+    """Residual blocks at one resolution, then twice that (but for the first level)."""
+
+    def __init__(self, channels_in: int, channels_out: int, blocks: int, upsample: bool) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(channels_in if n == 0 else channels_out, channels_out) for n in range(blocks))
+        self.upsample = Upsample(channels_out) if upsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x if self.upsample is None else self.upsample(x)
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, height, width) to latent (B, C, H, W), H = height / patch size."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * m for m in config.channel_multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
+        before = [config.base_channels, *widths[:-1]]
+        self.down = nn.ModuleList(
+            EncoderLevel(before[level], widths[level], config.res_blocks, downsample=level < last)
+            for level in range(len(widths))
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.bits, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv_in(image)
+        for level in self.down:
+            x = level(x)
+        latent: Tensor = self.conv_out(norm_swish(self.mid(x), self.norm_out))
+        return latent
+
+
+class Decoder(nn.Module):
+    """Latent (B, C, H, W) to image (B, 3, H * patch size, W * patch size), not clamped."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * m for m in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(config.bits, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        after = [*widths[1:], widths[-1]]
+        self.up = nn.ModuleList(
+            DecoderLevel(after[level], widths[level], config.res_blocks + 1, upsample=level > 0)
+            for level in range(len(widths))
+        )
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(latent))
+        for level in reversed(self.up):
+            x = level(x)
+        image: Tensor = self.conv_out(norm_swish(x, self.norm_out))
+        return image
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder of one tokenizer.
+
+    Args:
+        config: geometry; `bits` latent channels.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Latent (B, C, H, W), unbounded, of an image (B, 3, height, width) in [-1, 1]."""
+        latent: Tensor = self.encoder(image)
+        return latent
+
+    def decode(self, total: Tensor) -> Tensor:
+        """Image (B, 3, height, width) in [-1, 1], clamped, of a quantised sum (B, C, H, W)."""
+        image: Tensor = self.decoder(total)
+        return image.clamp(-1, 1)

@@ -1,0 +1,77 @@
+"""Which device and number type to compute with."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+import torch
+
+from bitgen_cli.errors import ResourceError, UsageError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ResourceError: it does not exist on this machine.
+        UsageError: not a device name.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name!r}", "use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"unknown device {name!r}", "use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ResourceError(f"device {name} does not exist: torch sees {count} CUDA devices", "--device cpu works")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ResourceError("device mps does not exist on this machine", "--device cpu works")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number type of that name; `auto` takes bfloat16 where the device computes with it faster.
+
+    Raises:
+        UsageError: not a number type.
+    """
+    if name == "auto":
+        return torch.bfloat16 if bf16_is_fast(device) else torch.float32
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}", f"use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device has bfloat16 arithmetic of its own."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # private in torch, and the only place that knows; absent names count as "no"
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+        return any(bool(check()) for check in (has_bf16, has_amx) if check is not None)
+    return False
+
+
+def keep_freed_memory() -> None:
+    """Lets the allocator keep large freed blocks instead of returning them to the system (glibc only).
+
+    Activations of tens of megabytes are otherwise mapped, zeroed and unmapped by the kernel for every operation, which
+    costs more than many of the operations themselves.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, ctypes.c_int(2**31 - 1))

@@ -1,0 +1,272 @@
+"""The parts of a transformer block: rotary positions, attention with a caller-owned cache, cross-attention, FFN.
+
+Source: INFINITY_FORMAT section 4 (infinity/models/basic.py). The residual stream is float32; linear layers run in the
+type of their weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitgen_cli.engine.scales import Schedule
+
+MAX_LOG_SCALE = math.log(100)
+"""Upper limit of the learned attention temperature."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary tables of a schedule: cosines and sines (L, E/2) of one angle per adjacent channel pair."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __getitem__(self, positions: slice) -> Rope:
+        return Rope(self.cos[positions], self.sin[positions])
+
+
+@lru_cache(maxsize=16)
+def _rope_angles(schedule: Schedule, head_channels: int) -> Tensor:
+    """Angles (L, E/2) float32: the first half of them by row, the second by column."""
+    frequency = torch.arange(0, head_channels // 2, 2, dtype=torch.float32) / (head_channels // 2)
+    frequency = 1.0 / (10000.0**frequency)
+    angles = []
+    for h, w in schedule.sizes:
+        rows, columns = grid_positions((h, w), schedule.rope_grid)
+        by_row = torch.outer(rows, frequency)[:, None].expand(h, w, -1)
+        by_column = torch.outer(columns, frequency)[None].expand(h, w, -1)
+        angles.append(torch.cat((by_row, by_column), dim=-1).flatten(0, 1))
+    return torch.cat(angles)
+
+
+def grid_positions(size: tuple[int, int], rope_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Rows (h,) and columns (w,) of a scale on the common grid: round(y * H / h), half to even, float32."""
+    (h, w), (full_h, full_w) = size, rope_grid
+    rows = (torch.arange(h, dtype=torch.float32) * (full_h / h)).round()
+    columns = (torch.arange(w, dtype=torch.float32) * (full_w / w)).round()
+    return rows, columns
+
+
+def rope_table(schedule: Schedule, head_channels: int, device: torch.device, dtype: torch.dtype) -> Rope:
+    """The rotary tables of a schedule for heads of E channels (INFINITY_FORMAT section 4, RoPE2D)."""
+    angles = _rope_angles(schedule, head_channels).to(device)
+    return Rope(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotates adjacent channel pairs (a, b) to (a cos - b sin, a sin + b cos); x (B, N, L, E)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * rope.cos - b * rope.sin, a * rope.sin + b * rope.cos), dim=-1).flatten(-2)
+
+
+class KVCache:
+    """Keys and values of every block, allocated once at full length and owned by the caller.
+
+    Args:
+        depth: blocks.
+        batch, heads, length, channels: of the (B, N, L, E) tensors.
+        device, dtype: where and as what.
+    """
+
+    def __init__(
+        self, depth: int, batch: int, heads: int, length: int, channels: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (depth, 2, batch, heads, length, channels)
+        self._store = torch.empty(shape, device=device, dtype=dtype)
+
+    def extend(self, block: int, positions: slice, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes keys and values (B, N, l, E) at `positions` and returns all up to there, (B, N, positions.stop, E).
+
+        A batch smaller than the cache's uses its first rows.
+        """
+        rows = keys.shape[0]
+        stored_keys, stored_values = self._store[block]
+        stored_keys[:rows, :, positions] = keys
+        stored_values[:rows, :, positions] = values
+        return stored_keys[:rows, :, : positions.stop], stored_values[:rows, :, : positions.stop]
+
+
+class SelfAttention(nn.Module):
+    """Attention with l2-normalised queries and keys, a learned temperature per head, and rotary positions."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
+        self.proj = nn.Linear(width, width)
+
+    def _qkv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q = F.normalize(q, dim=-1) * self.log_scale.clamp_max(MAX_LOG_SCALE).exp().to(q.dtype)
+        return rotate(q, rope).to(v.dtype), rotate(F.normalize(k, dim=-1), rope).to(v.dtype), v
+
+    def forward(self, x: Tensor, rope: Rope, slices: Sequence[slice]) -> Tensor:
+        """All scales at once; a position sees its own scale and the coarser ones.
+
+        A scale attends to a prefix of the sequence, so one unmasked call per scale is exact.
+
+        Args:
+            x: (B, L, D).
+            slices: the scales' places in the sequence.
+        """
+        q, k, v = self._qkv(x, rope)
+        attended = [
+            F.scaled_dot_product_attention(q[:, :, s], k[:, :, : s.stop], v[:, :, : s.stop], scale=1.0) for s in slices
+        ]
+        mixed: Tensor = self.proj(torch.cat(attended, dim=2).transpose(1, 2).flatten(2))
+        return mixed
+
+    def step(self, x: Tensor, rope: Rope, cache: KVCache, block: int, positions: slice) -> Tensor:
+        """One scale (B, l, D) after the scales the cache holds."""
+        q, k, v = self._qkv(x, rope)
+        keys, values = cache.extend(block, positions, k, v)
+        attended = F.scaled_dot_product_attention(q, keys, values, scale=1.0)
+        mixed: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
+        return mixed
+
+
+@dataclass(frozen=True)
+class TextKV:
+    """Keys and values (B, N, T, E) of a prompt for one block; `mask` (B, 1, 1, T) bool, None when no row is padded."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+
+class CrossAttention(nn.Module):
+    """Attention from positions to text; its keys and values are made once per prompt."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def text_kv(self, text: Tensor, mask: Tensor | None) -> TextKV:
+        """Keys and values of projected text features (B, T, D)."""
+        keys, values = _keys_values(text, self.kv, self.v_bias, self.heads)
+        return TextKV(keys, values, mask)
+
+    def forward(self, x: Tensor, text: TextKV) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(q, text.keys, text.values, attn_mask=text.mask)
+        mixed: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
+        return mixed
+
+
+class TextPool(nn.Module):
+    """One learned query per head attends to the text features: the pooled condition (B, D).
+
+    Args:
+        text_width: channels of the features.
+        width: D.
+        heads: pooling heads, text_width // 128 as published.
+    """
+
+    def __init__(self, text_width: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.zeros(1, heads, width // heads))
+        self.kv = nn.Linear(text_width, 2 * width, bias=False)
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, features: Tensor, mask: Tensor | None) -> Tensor:
+        keys, values = _keys_values(features, self.kv, self.v_bias, self.heads)
+        query = self.query.unsqueeze(2).expand(features.shape[0], -1, -1, -1).to(keys.dtype)
+        pooled = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        condition: Tensor = self.proj(pooled.transpose(1, 2).flatten(1))
+        return condition
+
+
+def _keys_values(text: Tensor, kv: nn.Linear, v_bias: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys (without bias) and values (with) of text (B, T, channels), each (B, N, T, E)."""
+    bias = torch.cat((torch.zeros_like(v_bias), v_bias))
+    keys, values = F.linear(text, kv.weight, bias).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    return keys, values
+
+
+class FeedForward(nn.Module):
+    """down(gelu(up(x))), GELU in its tanh form."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return y
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """LayerNorm without affine, times (1 + scale), plus shift; x (B, L, D), scale and shift (B, 1, D)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), scale + 1).to(dtype)
+
+
+def drop_path(branch: Tensor, probability: float, training: bool) -> Tensor:
+    """Drops a whole residual branch per sample with that probability, scaling the rest to keep the mean."""
+    if not training or probability == 0:
+        return branch
+    kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= probability
+    return branch * kept / (1 - probability)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward, the first and last modulated by the pooled text.
+
+    Args:
+        width, heads, hidden: D, N and the feed-forward width.
+        drop: share of branches dropped in training.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, drop: float) -> None:
+        super().__init__()
+        self.drop = drop
+        self.modulation = nn.Parameter(torch.zeros(1, 1, 6, width))
+        self.self_attention = SelfAttention(width, heads)
+        self.cross_norm = nn.LayerNorm(width, eps=1e-6)
+        self.cross_attention = CrossAttention(width, heads)
+        self.ffn = FeedForward(width, hidden)
+
+    def forward(self, x: Tensor, modulation: Tensor, text: TextKV, rope: Rope, slices: Sequence[slice]) -> Tensor:
+        """Teacher-forced over all scales: x (B, L, D), modulation (B, 1, 6, D)."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = (self.modulation + modulation).unbind(2)
+        h = modulated_norm(x, scale1, shift1, self._dtype)
+        x = self._add(x, self.self_attention(h, rope, slices), gamma1)
+        return self._text_and_ffn(x, text, gamma2, scale2, shift2)
+
+    def step(
+        self, x: Tensor, modulation: Tensor, text: TextKV, rope: Rope, cache: KVCache, block: int, positions: slice
+    ) -> Tensor:
+        """One scale with a cache: x (B, l, D)."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = (self.modulation + modulation).unbind(2)
+        h = modulated_norm(x, scale1, shift1, self._dtype)
+        x = self._add(x, self.self_attention.step(h, rope, cache, block, positions), gamma1)
+        return self._text_and_ffn(x, text, gamma2, scale2, shift2)
+
+    def _text_and_ffn(self, x: Tensor, text: TextKV, gamma: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        h = F.layer_norm(x, x.shape[-1:], self.cross_norm.weight.to(x.dtype), self.cross_norm.bias.to(x.dtype), 1e-6)
+        x = x + drop_path(self.cross_attention(h.to(self._dtype), text), self.drop, self.training)
+        return self._add(x, self.ffn(modulated_norm(x, scale, shift, self._dtype)), gamma)
+
+    def _add(self, x: Tensor, branch: Tensor, gamma: Tensor) -> Tensor:
+        return torch.addcmul(x, drop_path(branch, self.drop, self.training).to(x.dtype), gamma.to(x.dtype))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.ffn.up.weight.dtype

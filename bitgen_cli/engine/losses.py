@@ -1,0 +1,141 @@
+"""What training minimises, and the two measures of a reconstruction.
+
+Bitwise cross-entropy: INFINITY_FORMAT section 6 (trainer.py). Entropy of BSQ: arXiv 2406.07548, section 4. SSIM: Wang et
+al. 2004, Gaussian window of 11 with sigma 1.5.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitgen_cli.config import TokenizerTraining, TransformerTraining
+from bitgen_cli.engine.scales import Schedule
+
+
+def position_weights(schedule: Schedule, weighting: str) -> Tensor:
+    """Weight (L,) of each position's loss, summing to 1.
+
+    Args:
+        weighting: `positions` gives all the same; `published` 1 / sqrt(h w) of their scale (reweight_loss_by_scale).
+    """
+    counts = torch.tensor(schedule.counts)
+    per_scale = counts.float().rsqrt() if weighting == "published" else torch.ones(len(counts))
+    weights = per_scale.repeat_interleave(counts)
+    return weights / weights.sum()
+
+
+def bit_loss(
+    logits: Tensor, targets: Tensor, schedule: Schedule, config: TransformerTraining
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bitwise cross-entropy and how well each scale is predicted.
+
+    The cross-entropy over a bit's two logits is softplus of their signed difference.
+
+    Args:
+        logits: (B, L, 2K).
+        targets: (B, L, K) bool.
+        schedule: the scales of L.
+        config: scale_weighting and bit_loss are used.
+
+    Returns:
+        The loss (scalar); bit accuracy per scale (S,) in [0, 1]; mean cross-entropy per bit and scale (S,) in nats.
+        The last two carry no gradient.
+    """
+    pairs = logits.float().unflatten(-1, (-1, 2))
+    margin = pairs[..., 1] - pairs[..., 0]
+    margin = torch.where(targets, margin, -margin)
+    per_bit = F.softplus(-margin)
+    weights = position_weights(schedule, config.scale_weighting).to(logits.device)
+    reduced = per_bit.mean(-1) if config.bit_loss == "mean" else per_bit.sum(-1)
+    loss = (reduced * weights).sum(-1).mean()
+    with torch.no_grad():
+        right = (margin > 0).float().mean((0, 2))
+        nats = per_bit.mean((0, 2))
+        accuracy = torch.stack([right[s].mean() for s in schedule.slices])
+        per_scale = torch.stack([nats[s].mean() for s in schedule.slices])
+    return loss, accuracy, per_scale
+
+
+def psnr(image: Tensor, other: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio (B,) in dB of images (B, 3, H, W) in [-1, 1]; equal images give infinity."""
+    error = (image.float() - other.float()).square().mean((1, 2, 3))
+    return 10 * torch.log10(4 / error)
+
+
+@lru_cache(maxsize=4)
+def _gaussian(size: int, sigma: float) -> Tensor:
+    offsets = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
+    window = torch.exp(-offsets.square() / (2 * sigma**2))
+    return window / window.sum()
+
+
+def ssim(image: Tensor, other: Tensor) -> Tensor:
+    """Structural similarity (B,), at most 1, of images (B, 3, H, W) in [-1, 1], at least 11 pixels a side."""
+    channels = image.shape[1]
+    window = _gaussian(11, 1.5).to(image.device)
+    rows = window.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
+    columns = window.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
+
+    def blur(x: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(x, rows, groups=channels), columns, groups=channels)
+
+    x, y = image.float(), other.float()
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x = blur(x * x) - mean_x**2
+    variance_y = blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
+        (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
+    )
+    return similarity.mean((1, 2, 3))
+
+
+def bit_entropy(latent: Tensor) -> tuple[Tensor, Tensor]:
+    """How unsure single bits are, and how evenly each channel's bit is used; both in bits, [0, 1].
+
+    A bit's probability is the sigmoid of twice its latent value in units of a code, 1/sqrt(C).
+
+    Args:
+        latent: (B, C, H, W).
+    """
+    probability = torch.sigmoid(2 * math.sqrt(latent.shape[1]) * latent.float())
+    return _binary_entropy(probability).mean(), _binary_entropy(probability.mean((0, 2, 3))).mean()
+
+
+def _binary_entropy(p: Tensor) -> Tensor:
+    p = p.clamp(1e-6, 1 - 1e-6)
+    return -(p * p.log2() + (1 - p) * (1 - p).log2())
+
+
+def tokenizer_loss(
+    image: Tensor, reconstruction: Tensor, latent: Tensor, total: Tensor, config: TokenizerTraining
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The autoencoder's loss: L1, structure, sure and evenly used bits, latent near its quantised sum.
+
+    Args:
+        image, reconstruction: (B, 3, height, width) in [-1, 1].
+        latent: (B, C, H, W) before quantisation.
+        total: (B, C, H, W) quantised sum; treated as a constant.
+        config: the four weights.
+
+    Returns:
+        The loss (scalar) and its detached parts `l1`, `structure`, `bit_entropy`, `bit_usage`, `commitment`.
+    """
+    l1 = (image - reconstruction).abs().mean()
+    structure = 1 - ssim(image, reconstruction).mean()
+    unsure, usage = bit_entropy(latent)
+    commitment = (latent - total.detach()).square().sum(1).mean()
+    loss = (
+        config.l1_weight * l1
+        + config.structural_weight * structure
+        + config.entropy_weight * (unsure - usage)
+        + config.commitment_weight * commitment
+    )
+    parts = {"l1": l1, "structure": structure, "bit_entropy": unsure, "bit_usage": usage, "commitment": commitment}
+    return loss, {name: part.detach() for name, part in parts.items()}

@@ -1,0 +1,253 @@
+"""The model folder: configuration, tokenizer, transformer and text encoder under one roof, with fingerprints.
+
+    config.json               {"format": 1, "config": ..., "fingerprints": ...}
+    tokenizer.safetensors     autoencoder weights
+    transformer.safetensors   absent while only the tokenizer is trained
+    text_encoder/             a transformers folder; absent when the configuration names a hub repository
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bitgen_cli.config import ModelConfig, SamplingConfig
+from bitgen_cli.engine.infinity_weights import require_match
+from bitgen_cli.engine.text import TextEncoder, load_text_encoder
+from bitgen_cli.engine.tokenizer import Tokenizer
+from bitgen_cli.engine.transformer import Transformer
+from bitgen_cli.errors import InputError, UsageError
+from bitgen_cli.files import atomic_folder, explain, read_json, write_json
+
+FORMAT = 1
+BUILT_IN = "demo"
+TOKENIZER_FILE = "tokenizer.safetensors"
+TRANSFORMER_FILE = "transformer.safetensors"
+TEXT_FOLDER = "text_encoder"
+
+
+@dataclass
+class Model:
+    """A loaded model; parts not asked for, or not there, are None.
+
+    Attributes:
+        folder: where it was loaded from.
+        config: what defines it.
+        sampling: defaults it was saved with.
+        fingerprints: sha256 of each part's file, for example `tokenizer`.
+    """
+
+    folder: Path
+    config: ModelConfig
+    sampling: SamplingConfig
+    fingerprints: dict[str, str]
+    tokenizer: Tokenizer | None = None
+    transformer: Transformer | None = None
+    text_encoder: TextEncoder | None = None
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: `demo` is the built-in one; else a model folder, or a run folder that left one.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name == BUILT_IN and not Path(name).is_dir():
+        return Path(__file__).parent.parent / "demo" / "model"
+    folder = Path(name)
+    for candidate in (folder / "model", folder):
+        if (candidate / TOKENIZER_FILE).is_file():
+            return candidate
+    if not folder.exists():
+        raise InputError(f"no model at {name}", "give a model folder, a run folder, or demo")
+    raise InputError(f"{name} holds no model: {TOKENIZER_FILE} is missing", "has the run saved one yet?")
+
+
+def fingerprint(path: Path) -> str:
+    """The sha256 of a file, or of the files of a folder (names and contents), as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        if file != path:
+            digest.update(file.relative_to(path).as_posix().encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def save_model(
+    folder: Path,
+    config: ModelConfig,
+    sampling: SamplingConfig,
+    *,
+    tokenizer: Tokenizer | Path,
+    transformer: Transformer | None = None,
+    text_encoder: TextEncoder | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes a model folder whole or not at all.
+
+    Args:
+        folder: replaced when it is there.
+        config, sampling: stored resolved.
+        tokenizer: weights, or the tokenizer file of another model folder, copied byte for byte so that token stores
+            made with it stay valid.
+        transformer, text_encoder: left out when None.
+        dtype: number type of the stored weights.
+    """
+    with atomic_folder(folder) as temporary:
+        parts = {}
+        if isinstance(tokenizer, Path):
+            shutil.copyfile(tokenizer, temporary / TOKENIZER_FILE)
+        else:
+            _save_weights(tokenizer, temporary / TOKENIZER_FILE, dtype)
+        parts["tokenizer"] = fingerprint(temporary / TOKENIZER_FILE)
+        if transformer is not None:
+            _save_weights(transformer, temporary / TRANSFORMER_FILE, dtype)
+            parts["transformer"] = fingerprint(temporary / TRANSFORMER_FILE)
+        if text_encoder is not None:
+            _save_text_encoder(text_encoder, temporary / TEXT_FOLDER, dtype)
+            parts["text_encoder"] = fingerprint(temporary / TEXT_FOLDER)
+        write_json(
+            temporary / "config.json",
+            {
+                "format": FORMAT,
+                "config": {"model": config.model_dump(mode="json"), "sampling": sampling.model_dump(mode="json")},
+                "fingerprints": parts,
+            },
+        )
+
+
+def read_model_config(folder: Path) -> tuple[ModelConfig, SamplingConfig, dict[str, str]]:
+    """Configuration, sampling defaults and fingerprints of a model folder, without its weights.
+
+    Raises:
+        InputError: not a model folder, or its config.json is broken or of another format.
+    """
+    file = folder / "config.json"
+    stored = read_json(file)
+    try:
+        if stored["format"] != FORMAT:
+            raise InputError(f"{file} is of format {stored['format']}, this bitgen reads {FORMAT}")
+        config = ModelConfig.model_validate(stored["config"]["model"])
+        sampling = SamplingConfig.model_validate(stored["config"]["sampling"])
+        fingerprints = {str(part): str(value) for part, value in stored["fingerprints"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{file} does not describe a model: {reason}") from error
+    return config, sampling, fingerprints
+
+
+def load_model(
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    parts: tuple[str, ...] = ("tokenizer", "transformer", "text_encoder"),
+) -> Model:
+    """Loads the named parts of a model folder, in evaluation mode, without gradients.
+
+    Modules are built on the meta device and filled from memory-mapped files.
+
+    Args:
+        folder: from `find_model`.
+        device, dtype: where the weights go and as what.
+        parts: of `tokenizer`, `transformer`, `text_encoder`; one that is not in the folder stays None.
+
+    Raises:
+        InputError: the folder is no model, a file is corrupt, or its weights belong to another geometry.
+    """
+    device = torch.device(device)
+    config, sampling, fingerprints = read_model_config(folder)
+    model = Model(folder, config, sampling, fingerprints)
+    if "tokenizer" in parts:
+        with torch.device("meta"):
+            model.tokenizer = Tokenizer(config.tokenizer)
+        _fill(model.tokenizer, folder / TOKENIZER_FILE, device, dtype)
+    if "transformer" in parts and (folder / TRANSFORMER_FILE).is_file():
+        with torch.device("meta"):
+            model.transformer = Transformer(config)
+        _fill(model.transformer, folder / TRANSFORMER_FILE, device, dtype)
+    if "text_encoder" in parts:
+        model.text_encoder = _load_text_encoder(folder, config, device, dtype)
+    return model
+
+
+def load_weights(module: nn.Module, file: Path) -> None:
+    """Copies a safetensors file into a module that has weights already.
+
+    Raises:
+        InputError: the file is corrupt or of another geometry.
+    """
+    module.load_state_dict(read_tensors(file, module.state_dict(), torch.device("cpu"), None))
+
+
+def read_tensors(
+    file: Path, expected: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Tensors of a memory-mapped safetensors file, matched against names and shapes.
+
+    Raises:
+        InputError: missing or corrupt file; unknown, missing or misshapen tensors.
+    """
+    try:
+        with safe_open(str(file), framework="pt") as stored:
+            tensors = {name: stored.get_tensor(name).to(device, dtype) for name in stored.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{file} is not a readable safetensors file: {error}") from error
+    except OSError as error:
+        raise explain(error, file, "read") from error
+    require_match(tensors, expected, [], file.stem)
+    return tensors
+
+
+def require_same_tokenizer(model: Model, other: str, what: str) -> None:
+    """Raises UsageError when `what` (for example a token store) was made with a tokenizer of another fingerprint."""
+    own = model.fingerprints["tokenizer"]
+    if own != other:
+        raise UsageError(
+            f"{what} was made with another tokenizer ({other[:12]}) than the one of {model.folder} ({own[:12]})",
+            "tokenize again with this model, or use the model it was made with",
+        )
+
+
+def _fill(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtype) -> None:
+    tensors = read_tensors(file, module.state_dict(), device, dtype)
+    module.load_state_dict(tensors, assign=True)
+    module.eval().requires_grad_(False)
+
+
+def _save_weights(module: nn.Module, file: Path, dtype: torch.dtype) -> None:
+    save_file({name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()}, file)
+
+
+def _save_text_encoder(encoder: TextEncoder, folder: Path, dtype: torch.dtype) -> None:
+    folder.mkdir()
+    encoder.model.config.to_json_file(str(folder / "config.json"))
+    state = encoder.model.state_dict()
+    unique = {name: tensor for name, tensor in state.items() if name != "encoder.embed_tokens.weight"}
+    save_file(
+        {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in unique.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    encoder.vocabulary.save(str(folder / "tokenizer.json"))
+
+
+def _load_text_encoder(folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> TextEncoder | None:
+    length = config.transformer.text_length
+    own = folder / TEXT_FOLDER
+    if own.is_dir():
+        return load_text_encoder(os.fspath(own), length, device, dtype).requires_grad_(False)
+    if config.text_encoder.source == "new":
+        return None
+    return load_text_encoder(config.text_encoder.source, length, device, dtype).requires_grad_(False)

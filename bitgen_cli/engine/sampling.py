@@ -1,0 +1,214 @@
+"""From prompt to picture on one page: guidance and the choice of bits as pure functions, and the walk that uses them.
+
+Source: INFINITY_FORMAT section 5 (infinity/models/infinity.py, autoregressive_infer_cfg).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitgen_cli.config import SamplingConfig
+from bitgen_cli.engine import pyramid
+from bitgen_cli.engine.bits import codes, to_grid, to_positions
+from bitgen_cli.engine.scales import Schedule
+from bitgen_cli.engine.tokenizer import Tokenizer
+from bitgen_cli.engine.transformer import AfterBlock, TextFeatures, Transformer
+from bitgen_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How each scale's bits are chosen.
+
+    Attributes:
+        cfg: guidance per scale; 1 is none.
+        cfg_layers: where guidance acts: 0 the logits, n the output of block depth - n; several may be named.
+        tau: temperature per scale, above 0.
+        top_k: 1 is greedy; every other value keeps both values of a bit.
+        top_p: the lesser value is dropped when its probability is at most 1 - top_p.
+    """
+
+    cfg: tuple[float, ...]
+    cfg_layers: tuple[int, ...]
+    tau: tuple[float, ...]
+    top_k: int
+    top_p: float
+
+
+def plan(config: SamplingConfig, scales: int) -> SamplingPlan:
+    """The configured sampling, one number per scale.
+
+    Raises:
+        UsageError: a list has another length than the schedule.
+    """
+    layers = (config.cfg_layer,) if isinstance(config.cfg_layer, int) else tuple(config.cfg_layer)
+    return SamplingPlan(
+        cfg=_per_scale(config.cfg, scales, "cfg"),
+        cfg_layers=layers,
+        tau=_per_scale(config.tau, scales, "tau"),
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
+
+
+def _per_scale(value: float | list[float], scales: int, name: str) -> tuple[float, ...]:
+    if isinstance(value, list):
+        if len(value) != scales:
+            raise UsageError(f"{name} has {len(value)} numbers, the model has {scales} scales")
+        return tuple(float(v) for v in value)
+    return (float(value),) * scales
+
+
+def guide(both: Tensor, cfg: float) -> Tensor:
+    """cfg * conditional + (1 - cfg) * unconditional of a batch (2B, ...) whose first half is conditional; (B, ...)."""
+    conditional, unconditional = both.chunk(2)
+    return torch.lerp(unconditional, conditional, cfg)
+
+
+def bit_probabilities(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Probability that each bit is 1 after the filters.
+
+    Only the difference of a bit's two logits matters. Exactly equal logits keep both values when greedy.
+
+    Args:
+        logits: (B, L, 2K), guided and divided by the temperature.
+        top_k: 1 keeps the likelier value alone; other values keep both.
+        top_p: the lesser value is dropped when its probability is at most 1 - top_p; 1 keeps both.
+
+    Returns:
+        (B, L, K) in [0, 1].
+    """
+    pairs = logits.unflatten(-1, (-1, 2))
+    difference = pairs[..., 1] - pairs[..., 0]
+    one = torch.sigmoid(difference)
+    likelier = (difference >= 0).to(one.dtype)
+    if top_k == 1:
+        return torch.where(difference == 0, one, likelier)
+    if top_p < 1:
+        lesser = torch.sigmoid(-difference.abs())
+        return torch.where(lesser <= 1 - top_p, likelier, one)
+    return one
+
+
+def choose_bits(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Bits (B, L, K) bool drawn with the given probabilities of 1.
+
+    Picture b draws from generator b alone, on the CPU, so its bits depend neither on the batch nor on the device.
+
+    Args:
+        probabilities: (B, L, K); 0 and 1 are certain.
+        generators: B CPU generators.
+    """
+    noise = torch.stack([torch.rand(probabilities.shape[1:], generator=generator) for generator in generators])
+    return noise.to(probabilities.device) < probabilities
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Bits of a batch: per scale (B, C, h, w) bool, and their quantised sum (B, C, H, W) float32."""
+
+    bits: list[Tensor]
+    total: Tensor
+
+
+@torch.inference_mode()
+def draw_bits(
+    transformer: Transformer,
+    text: TextFeatures,
+    schedule: Schedule,
+    plan: SamplingPlan,
+    seeds: Sequence[int],
+    *,
+    negative: TextFeatures | None = None,
+    on_scale: Callable[[int], None] | None = None,
+    on_logits: Callable[[int, Tensor], None] | None = None,
+) -> Drawn:
+    """Predicts the bits of B pictures scale by scale.
+
+    Args:
+        transformer: in evaluation mode.
+        text: B prompts.
+        schedule: scales of the pictures.
+        plan: how bits are chosen; as many entries as scales.
+        seeds: one per picture.
+        negative: B prompts to guide away from; None takes the learned unconditional prompt.
+        on_scale: called with each scale's index when it is done.
+        on_logits: called with the index and the logits (B, l, 2K) the bits are chosen from.
+
+    Returns:
+        Bits and their sum.
+    """
+    batch = len(seeds)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    guided_scales = [k for k, cfg in enumerate(plan.cfg) if cfg != 1]
+    last_guided = max(guided_scales, default=-1)
+    if guided_scales:
+        text = TextFeatures.join([text, negative or transformer.null_features(text.lengths)])
+    condition = transformer.condition(text)
+    cache = transformer.new_cache(len(text.lengths), schedule)
+    total: Tensor | None = None
+    bits: list[Tensor] = []
+    for k, size in enumerate(schedule.sizes):
+        rows = 2 * batch if k <= last_guided else batch
+        if rows < condition.pooled.shape[0]:
+            condition = condition.first(rows)
+        inputs = None
+        if total is not None:
+            seen = pyramid.next_input(total, schedule.latent_sizes[k])
+            inputs = to_positions(seen, schedule.cell).repeat(rows // batch, 1, 1)
+        cfg = plan.cfg[k]
+        at_blocks = _guide_at_blocks(cfg, plan.cfg_layers, len(transformer.blocks))
+        logits = transformer.step(k, inputs, condition, schedule, cache, at_blocks)
+        logits = guide(logits, cfg) if cfg != 1 and 0 in plan.cfg_layers else logits[:batch]
+        logits = logits / plan.tau[k]
+        if on_logits is not None:
+            on_logits(k, logits)
+        chosen = choose_bits(bit_probabilities(logits, plan.top_k, plan.top_p), generators)
+        grid = to_grid(chosen, size, schedule.cell)
+        bits.append(grid)
+        total = pyramid.accumulate(total, codes(grid), schedule.latent_sizes[-1])
+        if on_scale is not None:
+            on_scale(k)
+    assert total is not None
+    return Drawn(bits, total)
+
+
+def _guide_at_blocks(cfg: float, layers: Sequence[int], depth: int) -> AfterBlock | None:
+    """Guidance on the output of blocks depth - n: both halves of the batch become the guided state."""
+    blocks = {depth - layer for layer in layers if layer > 0}
+    if cfg == 1 or not blocks:
+        return None
+
+    def after(x: Tensor, block: int) -> Tensor:
+        return guide(x, cfg).repeat(2, 1, 1) if block in blocks else x
+
+    return after
+
+
+@torch.inference_mode()
+def generate(
+    transformer: Transformer,
+    tokenizer: Tokenizer,
+    text: TextFeatures,
+    schedule: Schedule,
+    plan: SamplingPlan,
+    seeds: Sequence[int],
+    *,
+    negative: TextFeatures | None = None,
+    on_scale: Callable[[int], None] | None = None,
+) -> tuple[Tensor, Drawn]:
+    """Pictures of prompts: bits scale by scale, then the decoder.
+
+    Args: as `draw_bits`; `tokenizer` decodes.
+
+    Returns:
+        Images (B, 3, height, width) uint8 RGB, truncated as published, and the bits they came from.
+    """
+    drawn = draw_bits(transformer, text, schedule, plan, seeds, negative=negative, on_scale=on_scale)
+    dtype = next(tokenizer.parameters()).dtype
+    image = tokenizer.decode(drawn.total.to(dtype)).float()
+    return ((image + 1) / 2 * 255).to(torch.uint8), drawn

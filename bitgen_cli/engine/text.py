@@ -1,0 +1,151 @@
+"""Prompts to text features: a T5 encoder through transformers, fixed or trained with the model.
+
+Source of the published use: INFINITY_FORMAT section 5, "Prompt": T5 tokens with </s>, the encoder's last hidden state,
+rows of real tokens only.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer as Vocabulary
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
+from transformers.utils import logging as transformers_logging
+
+from bitgen_cli.config import TextEncoderConfig
+from bitgen_cli.engine.transformer import TextFeatures
+from bitgen_cli.errors import InputError
+
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+
+class TextEncoder(nn.Module):
+    """A T5 encoder with its vocabulary.
+
+    Args:
+        model: the encoder.
+        vocabulary: text to token ids; adds </s> itself.
+        max_length: longest prompt in tokens, </s> included; longer ones are cut.
+    """
+
+    def __init__(self, model: T5EncoderModel, vocabulary: Vocabulary, max_length: int) -> None:
+        super().__init__()
+        self.model = model
+        self.vocabulary = vocabulary
+        self.max_length = max_length
+        vocabulary.no_padding()
+        vocabulary.no_truncation()
+
+    @property
+    def width(self) -> int:
+        """Channels of the features."""
+        return int(self.model.config.d_model)
+
+    def tokenise(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt, ending with </s>, cut to `max_length`."""
+        return [self._cut(encoding.ids) for encoding in self.vocabulary.encode_batch(list(prompts))]
+
+    def is_cut(self, prompt: str) -> bool:
+        """Whether the prompt is longer than the encoder takes."""
+        return len(self.vocabulary.encode(prompt).ids) > self.max_length
+
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """Features of prompts, padded to the longest of them; gradients flow when they are on."""
+        return self.encode_ids(self.tokenise(prompts))
+
+    def encode_ids(self, ids: Sequence[Sequence[int]]) -> TextFeatures:
+        """Features (B, T, width) of token ids from `tokenise`."""
+        lengths = tuple(len(row) for row in ids)
+        longest = max(lengths)
+        device = self.model.device
+        pad = self.vocabulary.token_to_id(PAD)
+        padded = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in ids], device=device)
+        mask = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+        features: Tensor = self.model(input_ids=padded, attention_mask=mask).last_hidden_state
+        return TextFeatures(features, lengths)
+
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        return ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], ids[-1]]
+
+
+def new_vocabulary(captions: Iterable[str], size: int) -> Vocabulary:
+    """A subword vocabulary of at most `size` entries learned from captions: lower case, BPE, printable ASCII known."""
+    vocabulary = Vocabulary(models.BPE(unk_token=UNKNOWN))
+    vocabulary.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    vocabulary.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    vocabulary.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[PAD, END, UNKNOWN],
+        initial_alphabet=[c for c in string.printable if c.isprintable() and not c.isupper()],
+        show_progress=False,
+    )
+    vocabulary.train_from_iterator(captions, trainer)
+    end = vocabulary.token_to_id(END)
+    vocabulary.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, end)])
+    return vocabulary
+
+
+def new_text_encoder(config: TextEncoderConfig, captions: Iterable[str], max_length: int, seed: int) -> TextEncoder:
+    """An encoder of the configured geometry with fresh weights and a vocabulary learned from captions.
+
+    Args:
+        config: of source `new`.
+        captions: what the vocabulary is learned from.
+        max_length: longest prompt in tokens.
+        seed: of the weights.
+    """
+    assert config.vocabulary and config.width and config.layers and config.heads and config.ffn_width
+    vocabulary = new_vocabulary(captions, config.vocabulary)
+    geometry = T5Config(
+        vocab_size=vocabulary.get_vocab_size(),
+        d_model=config.width,
+        d_kv=config.width // config.heads,
+        d_ff=config.ffn_width,
+        num_layers=config.layers,
+        num_heads=config.heads,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=vocabulary.token_to_id(PAD),
+        eos_token_id=vocabulary.token_to_id(END),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = T5EncoderModel(geometry)
+    return TextEncoder(model, vocabulary, max_length)
+
+
+def load_text_encoder(source: str, max_length: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """The encoder of a transformers folder or hub repository, in evaluation mode.
+
+    Raises:
+        InputError: it cannot be found, read, or is no T5.
+    """
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        model = T5EncoderModel.from_pretrained(source, dtype=dtype, use_safetensors=Path(source).is_dir() or None)
+        vocabulary = _load_vocabulary(source)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot load the text encoder {source}: {reason}") from error
+    encoder = TextEncoder(model, vocabulary, max_length).to(device)
+    return encoder.eval()
+
+
+def _load_vocabulary(source: str) -> Vocabulary:
+    file = Path(source) / "tokenizer.json"
+    if file.is_file():
+        try:
+            return Vocabulary.from_file(str(file))
+        except Exception as error:  # tokenizers raises bare Exception for files it cannot parse
+            raise InputError(f"{file} is not a tokenizer file: {error}") from error
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source).backend_tokenizer

@@ -1,0 +1,243 @@
+"""The Infinity transformer: text and the scales so far to two logits per bit of the next scale.
+
+Source: INFINITY_FORMAT section 4 (infinity/models/infinity.py). `forward` is teacher-forced over all scales; `step`
+predicts one scale with a KV cache. Both give the same logits for the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bitgen_cli.config import ModelConfig
+from bitgen_cli.engine.layers import Block, KVCache, Rope, TextKV, TextPool, modulated_norm, rope_table
+from bitgen_cli.engine.scales import Schedule
+
+AfterBlock = Callable[[Tensor, int], Tensor]
+"""Output (B, l, D) of a block and the block's index, to what the next block gets (guidance at a layer)."""
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Encoded prompts, padded only to the longest of the batch.
+
+    Attributes:
+        features: (B, T, text width) float; rows beyond a prompt's length are ignored.
+        lengths: text tokens of each prompt, 1 ... T.
+    """
+
+    features: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, 1, 1, T) bool, True where there is text; None when no prompt is padded."""
+        longest = self.features.shape[1]
+        if all(length == longest for length in self.lengths):
+            return None
+        lengths = torch.tensor(self.lengths, device=self.features.device)
+        return (torch.arange(longest, device=self.features.device) < lengths[:, None])[:, None, None]
+
+    def repeat(self, times: int) -> TextFeatures:
+        """Every prompt `times` times in a row."""
+        lengths = tuple(length for length in self.lengths for _ in range(times))
+        return TextFeatures(self.features.repeat_interleave(times, dim=0), lengths)
+
+    @staticmethod
+    def join(parts: Sequence[TextFeatures]) -> TextFeatures:
+        """One batch of several, padded to the longest."""
+        longest = max(part.features.shape[1] for part in parts)
+        padded = [F.pad(part.features, (0, 0, 0, longest - part.features.shape[1])) for part in parts]
+        return TextFeatures(torch.cat(padded), tuple(length for part in parts for length in part.lengths))
+
+    @staticmethod
+    def from_rows(rows: Sequence[Tensor]) -> TextFeatures:
+        """A batch of unpadded prompts, each (T, text width)."""
+        return TextFeatures.join([TextFeatures(row[None], (row.shape[0],)) for row in rows])
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a prompt becomes for the transformer, computed once and used by every scale.
+
+    Attributes:
+        pooled: (B, D).
+        modulation: (B, 1, 6, D), shared by the blocks.
+        head_modulation: (B, 1, 2, D).
+        text: keys and values of each block.
+    """
+
+    pooled: Tensor
+    modulation: Tensor
+    head_modulation: Tensor
+    text: list[TextKV]
+
+    def first(self, rows: int) -> Condition:
+        """The first rows of the batch."""
+        text = [
+            TextKV(kv.keys[:rows], kv.values[:rows], None if kv.mask is None else kv.mask[:rows]) for kv in self.text
+        ]
+        return Condition(self.pooled[:rows], self.modulation[:rows], self.head_modulation[:rows], text)
+
+
+class Transformer(nn.Module):
+    """Next-scale bit prediction.
+
+    Args:
+        config: geometry of the whole model: the tokenizer's bits decide the inputs and outputs.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        geometry = config.transformer
+        width, bits = geometry.width, config.bits_per_position
+        self.config = geometry
+        self.bits_per_position = bits
+        self.checkpoint_activations = False
+        self.null_text = nn.Parameter(torch.zeros(geometry.text_length, geometry.text_width))
+        self.text_norm = nn.Parameter(torch.ones(geometry.text_width))
+        self.text_pool = TextPool(geometry.text_width, width, geometry.text_pool_heads)
+        self.text_proj = nn.Sequential(
+            nn.Linear(geometry.text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+        )
+        self.start = nn.Parameter(torch.zeros(1, 1, width))
+        self.bit_embedding = nn.Linear(bits, width)
+        self.scale_embedding = nn.Embedding(geometry.scale_embeddings, width)
+        self.modulation = nn.Linear(width, 6 * width)
+        self.blocks = nn.ModuleList(
+            Block(width, geometry.heads, geometry.ffn_width, geometry.drop_path) for _ in range(geometry.depth)
+        )
+        self.head_modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, 2 * bits)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights; the residual stream is float32."""
+        return self.head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+    def null_features(self, lengths: Sequence[int]) -> TextFeatures:
+        """The unconditional prompt of each length, as published: the first rows of a learned table."""
+        rows = self.null_text[: max(lengths)]
+        return TextFeatures(rows.expand(len(lengths), -1, -1), tuple(lengths))
+
+    def condition(self, text: TextFeatures) -> Condition:
+        """Everything the blocks need from the prompts."""
+        features = text.features.to(self.text_norm.dtype).float()
+        mask = text.mask
+        features = features * torch.rsqrt(features.square().mean(-1, keepdim=True) + 1e-6) * self.text_norm
+        features = features.to(self.dtype)
+        pooled = self.text_pool(features, mask)
+        projected = self.text_proj(features)
+        activated = F.silu(pooled)
+        modulation = self.modulation(activated).float().unflatten(-1, (6, -1)).unsqueeze(1)
+        head_modulation = self.head_modulation(activated).float().unflatten(-1, (2, -1)).unsqueeze(1)
+        text_kv = [block.cross_attention.text_kv(projected, mask) for block in self.blocks]
+        return Condition(pooled, modulation, head_modulation, text_kv)
+
+    def forward(self, inputs: Tensor, text: TextFeatures, schedule: Schedule) -> Tensor:
+        """Logits of all scales for known coarser scales (teacher forcing).
+
+        Args:
+            inputs: (B, L - 1, K) what scales 1 and up see: the sum so far at their size (pyramid.next_input).
+            text: B prompts.
+            schedule: scales of the batch.
+
+        Returns:
+            (B, L, 2K): channels 2j and 2j + 1 are the logits of "bit j = 0" and "bit j = 1".
+        """
+        condition = self.condition(text)
+        counts = torch.tensor(schedule.counts, device=inputs.device)
+        scales = self.scale_embedding.weight[: len(schedule)].repeat_interleave(counts, dim=0)
+        x = torch.cat((self._start(condition), self.bit_embedding(inputs.to(self.dtype)).float()), dim=1) + scales
+        rope = self._rope(schedule)
+        for block, text_kv in zip(self.blocks, condition.text, strict=True):
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(  # type: ignore[no-untyped-call]
+                    block, x, condition.modulation, text_kv, rope, schedule.slices, use_reentrant=False
+                )
+            else:
+                x = block(x, condition.modulation, text_kv, rope, schedule.slices)
+        return self._logits(x, condition)
+
+    def step(
+        self,
+        scale: int,
+        inputs: Tensor | None,
+        condition: Condition,
+        schedule: Schedule,
+        cache: KVCache,
+        after_block: AfterBlock | None = None,
+    ) -> Tensor:
+        """Logits of one scale; the cache holds the coarser ones and gets this one.
+
+        Args:
+            scale: index of the scale.
+            inputs: (B, h*w, K) the sum so far at this scale's size; None at scale 0.
+            condition: of B prompts.
+            schedule: scales of the batch.
+            cache: from `new_cache`.
+            after_block: guidance at a layer.
+
+        Returns:
+            (B, h*w, 2K).
+        """
+        x = self._start(condition) if inputs is None else self.bit_embedding(inputs.to(self.dtype)).float()
+        x = x + self.scale_embedding.weight[scale]
+        positions = schedule.slices[scale]
+        rope = self._rope(schedule)[positions]
+        for index, block in enumerate(self.blocks):
+            x = block.step(x, condition.modulation, condition.text[index], rope, cache, index, positions)
+            if after_block is not None:
+                x = after_block(x, index)
+        return self._logits(x, condition)
+
+    def new_cache(self, batch: int, schedule: Schedule) -> KVCache:
+        """An empty cache for a batch of that many rows."""
+        heads = self.config.heads
+        channels = self.config.width // heads
+        return KVCache(len(self.blocks), batch, heads, schedule.positions, channels, self.device, self.dtype)
+
+    def _start(self, condition: Condition) -> Tensor:
+        return condition.pooled.float()[:, None] + self.start
+
+    def _rope(self, schedule: Schedule) -> Rope:
+        return rope_table(schedule, self.config.width // self.config.heads, self.device, torch.float32)
+
+    def _logits(self, x: Tensor, condition: Condition) -> Tensor:
+        scale, shift = condition.head_modulation.unbind(2)
+        logits: Tensor = self.head(modulated_norm(x, scale, shift, self.dtype))
+        return logits.float()
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Fresh weights by the published recipe (INFINITY_FORMAT section 6, Init)."""
+        width, depth = self.config.width, self.config.depth
+        std = math.sqrt(1 / width / 3)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.null_text, std=1.2 / math.sqrt(self.config.text_width), generator=generator)
+        nn.init.trunc_normal_(self.start, std=std, generator=generator)
+        nn.init.trunc_normal_(self.text_pool.query, std=std, generator=generator)
+        self.head.weight.mul_(0.02)
+        self.head_modulation.weight.mul_(1e-3)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            nn.init.trunc_normal_(block.modulation, generator=generator)
+            block.modulation[:, :, :2].mul_(5e-6)
+            block.modulation[:, :, 2:].mul_(1e-3)
+            for linear in (block.self_attention.proj, block.cross_attention.proj, block.ffn.down):
+                linear.weight.div_(math.sqrt(2 * depth))

@@ -1,0 +1,75 @@
+"""The errors a user can meet, each with the exit code the command ends with."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the shell gets back; documented in the README."""
+
+    OK = 0
+    INTERNAL = 1
+    USAGE = 2
+    RESOURCES = 3
+    INPUT = 4
+    DIVERGED = 5
+    INTERRUPTED = 130
+
+
+class BitgenError(Exception):
+    """One clear line for the user: what happened, where, and what to do about it.
+
+    Args:
+        message: what and where.
+        hint: what to do; shown behind the message.
+    """
+
+    exit_code = ExitCode.INTERNAL
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message} ({self.hint})"
+
+
+class UsageError(BitgenError):
+    """The command line or a configuration is wrong."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ConfigError(UsageError):
+    """A configuration is wrong; carries every problem found, one line each."""
+
+    def __init__(self, where: str, problems: list[str]) -> None:
+        self.problems = problems
+        noun = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{where}: {noun}\n" + "\n".join(f"  {line}" for line in problems))
+
+
+class ResourceError(BitgenError):
+    """Not enough memory or disk, or a device that does not exist."""
+
+    exit_code = ExitCode.RESOURCES
+
+
+class InputError(BitgenError):
+    """A file or folder is missing, unreadable, or not what it should be."""
+
+    exit_code = ExitCode.INPUT
+
+
+class DivergedError(BitgenError):
+    """Training produced NaN or infinity."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class Interrupted(BitgenError):
+    """The user stopped the run; what was done is saved."""
+
+    exit_code = ExitCode.INTERRUPTED

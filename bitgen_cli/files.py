@@ -1,0 +1,114 @@
+"""Writing files so that nothing the user had is lost: temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bitgen_cli.errors import BitgenError, InputError, ResourceError
+
+PARTIAL = ".partial"
+"""Suffix of what is being written; such files are never read and may be deleted."""
+
+
+def explain(error: OSError, path: Path, doing: str) -> BitgenError:
+    """The one-line error for an operating system error met while `doing` (for example "write") something at `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"cannot {doing} {path}: no space left", "free some space or choose another folder")
+    if isinstance(error, PermissionError):
+        return InputError(f"cannot {doing} {path}: permission denied", "choose a place you may write to")
+    return InputError(f"cannot {doing} {path}: {error.strerror or error}")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; when the block ends well it is fsynced and renamed to `path`.
+
+    Raises:
+        ResourceError: no space left; `path` is as it was.
+        InputError: not allowed to write there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise explain(error, path, "write") from error
+    finally:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; when the block ends well its files are fsynced and it is renamed.
+
+    An older folder at `path` is replaced only when the new one is complete.
+
+    Raises:
+        ResourceError: no space left; `path` is as it was.
+        InputError: not allowed to write there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        if path.exists():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old{PARTIAL}")
+            path.replace(old)
+            temporary.replace(path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise explain(error, path, "write") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        InputError: missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise explain(error, path, "read") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,78 @@
+"""How the engine and the runs tell what they are doing, without knowing who listens.
+
+A run gets a `Report`; the command line passes one that draws with rich (console.py), tests and Python callers pass
+`Silent()`. Nothing here prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Task(Protocol):
+    """One progress bar."""
+
+    def advance(self, amount: float = 1.0) -> None:
+        """Move the bar on."""
+
+    def status(self, text: str) -> None:
+        """Replace the short text behind the bar."""
+
+
+class Report(Protocol):
+    """Receives everything a run has to say while it works."""
+
+    def notice(self, text: str) -> None:
+        """Say something the user should know and need not act on."""
+
+    def warning(self, text: str) -> None:
+        """Say something the user may want to act on."""
+
+    def task(self, title: str, total: float | None) -> _TaskContext:
+        """Open a progress bar of `total` units; None when the end is not known."""
+
+    def metrics(self, step: int, total_steps: int, values: Mapping[str, float]) -> None:
+        """Show the newest measurements of a training run.
+
+        Keys are those of metrics.jsonl: `loss`, `bit_accuracy/0` ... one per scale, `images_per_second`,
+        `learning_rate`, `seconds_left`.
+        """
+
+
+class _TaskContext(Protocol):
+    def __enter__(self) -> Task: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class _SilentTask:
+    def advance(self, amount: float = 1.0) -> None:
+        pass
+
+    def status(self, text: str) -> None:
+        pass
+
+
+class Silent:
+    """A report that keeps what it hears and shows nothing.
+
+    Attributes:
+        notices: every notice and warning, in order.
+    """
+
+    def __init__(self) -> None:
+        self.notices: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
+
+    def warning(self, text: str) -> None:
+        self.notices.append(text)
+
+    @contextmanager
+    def task(self, title: str, total: float | None) -> Iterator[Task]:
+        yield _SilentTask()
+
+    def metrics(self, step: int, total_steps: int, values: Mapping[str, float]) -> None:
+        pass
