@@ -6,24 +6,71 @@ What defines a model has no default: a configuration that leaves it out is wrong
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from functools import reduce
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-PerScale = float | list[float]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+PerScale = float | Annotated[list[float], Field(min_length=1)]
+PositivePerScale = PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)]
 
 Resolution = Literal["0.06M", "0.25M", "0.60M", "1M"]
 
+PUBLISHED_SCALES = 13
+"""Scales of the largest published pixel budget."""
+
+INVARIANT = "invariant"
+"""Type of the errors that tell in their own words what is wrong between values."""
+
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values do not change after validation."""
+    """Base of all sections: unknown keys are refused, values do not change after validation.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Numbers are finite, and true or false is no number.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        given = value if isinstance(value, list | tuple) else [value]
+        if cls.model_fields[info.field_name].annotation is not bool and any(
+            isinstance(v, bool) for v in given
+        ):
+            raise PydanticCustomError("bool_as_number", "true or false where something else belongs")
+        return value
+
+    def _refuse(self, problems: dict[str, str]) -> None:
+        """Raises pydantic's error with every problem under its own dotted key; nothing when there is none."""
+        if problems:
+            details = [
+                InitErrorDetails(
+                    type=PydanticCustomError(INVARIANT, "{problem}", {"problem": problem}),
+                    loc=tuple(key.split(".")),
+                    input=reduce(getattr, key.split("."), self),
+                )
+                for key, problem in problems.items()
+            ]
+            raise ValidationError.from_exception_data(type(self).__name__, details)
 
 
 class TokenizerConfig(Section):
@@ -32,39 +79,56 @@ class TokenizerConfig(Section):
     bits: Annotated[int, Field(ge=1, le=64, description="latent channels d; one bit each, vocabulary 2^d")]
     patch_size: Annotated[int, Field(ge=2, le=64, description="pixels per latent position along one side")]
     base_channels: Annotated[int, Field(ge=8, description="channels of the first level")]
-    channel_multipliers: Annotated[list[PositiveInt], Field(min_length=1, description="channels per level / base")]
-    res_blocks: Annotated[int, Field(ge=1, description="residual blocks per encoder level; the decoder has one more")]
+    channel_multipliers: Annotated[
+        list[PositiveInt], Field(min_length=1, description="channels per level / base")
+    ]
+    res_blocks: Annotated[
+        int, Field(ge=1, description="residual blocks per encoder level; the decoder has one more")
+    ]
+    norm_groups: PositiveInt | None = Field(
+        default=None,
+        description="groups of GroupNorm; none: as published, 32 where the channels divide by it, else 24",
+    )
+
+    def groups(self, channels: int) -> int:
+        """Groups of a GroupNorm over that many channels."""
+        return self.norm_groups or (32 if channels % 32 == 0 else 24)
 
     @model_validator(mode="after")
     def _levels(self) -> TokenizerConfig:
+        problems = {}
         levels = math.log2(self.patch_size)
         if levels != int(levels):
-            raise ValueError(f"patch_size must be a power of two, not {self.patch_size}")
-        if len(self.channel_multipliers) != int(levels) + 1:
-            raise ValueError(
-                f"channel_multipliers needs {int(levels) + 1} entries for patch_size {self.patch_size}, "
+            problems["patch_size"] = "must be a power of two"
+        elif len(self.channel_multipliers) != int(levels) + 1:
+            problems["channel_multipliers"] = (
+                f"must have {int(levels) + 1} entries for patch_size {self.patch_size}, "
                 f"has {len(self.channel_multipliers)}"
             )
         for multiplier in self.channel_multipliers:
             channels = self.base_channels * multiplier
-            if channels % 32 and channels % 24:
-                raise ValueError(f"{channels} channels (base_channels x {multiplier}) must divide by 32 or 24")
+            if channels % self.groups(channels):
+                needed = self.norm_groups or "32 or 24"
+                problems["base_channels"] = (
+                    f"{channels} channels (base_channels x {multiplier}) must divide by {needed}"
+                )
+        self._refuse(problems)
         return self
 
 
 class TransformerConfig(Section):
     """Geometry of the Infinity transformer (INFINITY_FORMAT sections 4 and 7)."""
 
-    depth: PositiveInt
-    width: PositiveInt
-    heads: PositiveInt
+    depth: PositiveInt = Field(description="blocks")
+    width: PositiveInt = Field(description="channels of the residual stream")
+    heads: PositiveInt = Field(description="attention heads")
     ffn_ratio: PositiveFloat = Field(description="feed-forward width / width, rounded to a multiple of 256")
     text_width: PositiveInt = Field(description="channels of the text features")
     text_length: PositiveInt = Field(description="longest prompt in text tokens")
     patchify: bool = Field(description="predict 2x2 latent positions at once: K = 4 bits")
     scale_embeddings: PositiveInt = Field(default=15, description="rows of the scale embedding, as published")
     block_chunks: PositiveInt = Field(default=1, description="how the published checkpoint groups its blocks")
-    drop_path: Fraction = Field(default=0.0, description="share of residual branches dropped in training")
+    drop_path: BelowOne = Field(default=0.0, description="share of residual branches dropped in training")
 
     @property
     def ffn_width(self) -> int:
@@ -77,78 +141,122 @@ class TransformerConfig(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> TransformerConfig:
+        problems = {}
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} must divide by heads {self.heads}")
-        if (self.width // self.heads) % 4:
-            raise ValueError(f"width / heads = {self.width // self.heads} must divide by 4 (2-D rotary embedding)")
+            problems["heads"] = f"width {self.width} must divide by it"
+        elif (self.width // self.heads) % 4:
+            problems["heads"] = (
+                f"width / heads = {self.width // self.heads} must divide by 4 (2-D rotary embedding)"
+            )
         if self.width % self.text_pool_heads:
-            raise ValueError(f"width {self.width} must divide by text_width // 128 = {self.text_pool_heads}")
+            problems["width"] = (
+                f"must divide by the {self.text_pool_heads} heads that pool text_width {self.text_width}"
+            )
         if self.depth % self.block_chunks:
-            raise ValueError(f"depth {self.depth} must divide by block_chunks {self.block_chunks}")
+            problems["block_chunks"] = f"depth {self.depth} must divide by it"
         if self.ffn_width == 0:
-            raise ValueError("ffn_ratio x width must be at least 128")
+            problems["ffn_ratio"] = "ffn_ratio x width must be at least 128"
+        self._refuse(problems)
         return self
 
 
 class TextEncoderConfig(Section):
     """Which T5 encoder reads the prompts.
 
-    `source` names a transformers folder or hub repository with fixed weights, or is `new`: an encoder of the geometry
-    given here, with a vocabulary learned from the captions and weights trained together with the transformer.
+    `source` names a transformers folder or hub repository with fixed weights, or is `new`: an encoder of the
+    geometry given here, with a vocabulary learned from the captions and weights trained together with the
+    transformer.
     """
 
-    source: str
-    vocabulary: PositiveInt | None = None
-    width: PositiveInt | None = None
+    source: str = Field(min_length=1, description="transformers folder, hub repository, or `new`")
+    vocabulary: PositiveInt | None = Field(default=None, description="most entries the vocabulary gets")
+    width: PositiveInt | None = Field(default=None, description="channels; must equal transformer.text_width")
     layers: PositiveInt | None = None
     heads: PositiveInt | None = None
     ffn_width: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _geometry(self) -> TextEncoderConfig:
-        geometry = ("vocabulary", "width", "layers", "heads", "ffn_width")
-        missing = [name for name in geometry if getattr(self, name) is None]
-        if self.source == "new" and missing:
-            raise ValueError(f"source 'new' also needs {', '.join(missing)}")
-        if self.source != "new" and len(missing) != len(geometry):
-            raise ValueError("vocabulary, width, layers, heads and ffn_width belong to source 'new' alone")
+        problems = {}
+        for name in ("vocabulary", "width", "layers", "heads", "ffn_width"):
+            value = getattr(self, name)
+            if self.source == "new" and value is None:
+                problems[name] = "must be given for source 'new'"
+            if self.source != "new" and value is not None:
+                problems[name] = "must be null: it belongs to source 'new' alone"
+        if self.source == "new" and self.width and self.heads and self.width % self.heads:
+            problems["heads"] = f"width {self.width} must divide by it"
+        self._refuse(problems)
         return self
+
+
+def _number_as_text(value: Any) -> Any:
+    """Keys of a mapping as text: YAML reads an unquoted 1.0 as a number."""
+    if not isinstance(value, dict):
+        return value
+    return {str(key) if isinstance(key, int | float) else key: sizes for key, sizes in value.items()}
+
+
+Sizes = Annotated[list[tuple[PositiveInt, PositiveInt]], Field(min_length=1)]
+CustomScales = Annotated[dict[str, Sizes], Field(min_length=1), BeforeValidator(_number_as_text)]
 
 
 class ScalesConfig(Section):
     """The scale schedules a model is used with.
 
-    `published: true` takes Infinity's table (15 aspect ratios, four pixel budgets). Otherwise `custom` gives the sizes
-    per aspect ratio (height / width, as a string such as "1.0"), each a list of [h, w] from [1, 1] up.
+    `published: true` takes Infinity's table (15 aspect ratios, four pixel budgets); otherwise `custom` gives
+    the sizes.
     """
 
-    published: bool
-    resolution: Resolution | None = Field(default=None, description="pixel budget used unless another is asked for")
-    custom: dict[str, list[tuple[PositiveInt, PositiveInt]]] | None = None
+    published: bool = Field(description="Infinity's table, or custom sizes")
+    resolution: Resolution | None = Field(
+        default=None, description="pixel budget used unless another is asked for"
+    )
+    custom: CustomScales | None = Field(
+        default=None,
+        description="[h, w] of each scale, from [1, 1] up, per aspect ratio (height / width)",
+        examples=[{"1.0": [[1, 1], [2, 2], [3, 3]]}],
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> ScalesConfig:
+        problems = {}
         if self.published:
             if self.custom is not None:
-                raise ValueError("custom sizes and published: true exclude each other")
+                problems["custom"] = "must be null with published: true"
             if self.resolution is None:
-                raise ValueError("published scales need a resolution: 0.06M, 0.25M, 0.60M or 1M")
-            return self
-        if not self.custom:
-            raise ValueError("published: false needs custom sizes")
-        if self.resolution is not None:
-            raise ValueError("resolution belongs to published: true")
-        for ratio, sizes in self.custom.items():
-            if not sizes or tuple(sizes[0]) != (1, 1):
-                raise ValueError(f"the schedule of ratio {ratio} must start with [1, 1]")
-            try:
-                float(ratio)
-            except ValueError:
-                raise ValueError(f"aspect ratio {ratio!r} is not a number (height / width)") from None
-            for (h0, w0), (h1, w1) in zip(sizes, sizes[1:], strict=False):
-                if h1 < h0 or w1 < w0:
-                    raise ValueError(f"the schedule of ratio {ratio} must not shrink: {h0}x{w0} to {h1}x{w1}")
+                problems["resolution"] = "must be given with published: true: 0.06M, 0.25M, 0.60M or 1M"
+        else:
+            if self.resolution is not None:
+                problems["resolution"] = "must be null with published: false"
+            wrong = (
+                "must be given with published: false" if self.custom is None else _wrong_sizes(self.custom)
+            )
+            if wrong is not None:
+                problems["custom"] = wrong
+        self._refuse(problems)
         return self
+
+
+def _wrong_sizes(custom: dict[str, list[tuple[int, int]]]) -> str | None:
+    """What is wrong with custom sizes; None when nothing is."""
+    known: set[float] = set()
+    for ratio, sizes in custom.items():
+        try:
+            number = float(ratio)
+        except ValueError:
+            return f"aspect ratio {ratio!r} is not a number (height / width)"
+        if not 0 < number < math.inf:
+            return f"aspect ratio {ratio} must be above 0"
+        if number in known:
+            return f"aspect ratio {ratio} is there twice"
+        known.add(number)
+        if sizes[0] != (1, 1):
+            return f"the schedule of ratio {ratio} must start with [1, 1]"
+        for (h0, w0), (h1, w1) in pairwise(sizes):
+            if h1 < h0 or w1 < w0:
+                return f"the schedule of ratio {ratio} must not shrink: {h0}x{w0} to {h1}x{w1}"
+    return None
 
 
 class ModelConfig(Section):
@@ -166,18 +274,17 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
-        width = self.text_encoder.width
-        if width is not None and width != self.transformer.text_width:
-            raise ValueError(
-                f"text_encoder.width {width} must equal transformer.text_width {self.transformer.text_width}"
+        problems = {}
+        width, text_width = self.text_encoder.width, self.transformer.text_width
+        if width is not None and width != text_width:
+            problems["text_encoder.width"] = f"must equal transformer.text_width {text_width}"
+        custom = self.scales.custom
+        longest = PUBLISHED_SCALES if custom is None else max(len(sizes) for sizes in custom.values())
+        if longest > self.transformer.scale_embeddings:
+            problems["transformer.scale_embeddings"] = (
+                f"must be at least {longest}, the scales of the longest schedule"
             )
-        if self.scales.custom is not None:
-            longest = max(len(sizes) for sizes in self.scales.custom.values())
-            if longest > self.transformer.scale_embeddings:
-                raise ValueError(
-                    f"a schedule of {longest} scales needs transformer.scale_embeddings >= {longest}, "
-                    f"not {self.transformer.scale_embeddings}"
-                )
+        self._refuse(problems)
         return self
 
 
@@ -188,8 +295,10 @@ class SamplingConfig(Section):
     cfg_layer: NonNegativeInt | list[NonNegativeInt] = Field(
         default=0, description="0: guide the logits; n: the output of block depth - n; several may be listed"
     )
-    tau: PerScale = Field(default=1.0, description="temperature: logits are divided by it")
-    top_k: NonNegativeInt = Field(default=0, description="1 is greedy; 0 or 2 and more keep both values of a bit")
+    tau: PositivePerScale = Field(default=1.0, description="temperature: logits are divided by it")
+    top_k: NonNegativeInt = Field(
+        default=0, description="1 is greedy; 0 or 2 and more keep both values of a bit"
+    )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.97, description="a bit's lesser value is dropped when its probability is at most 1 - top_p"
     )
@@ -198,8 +307,8 @@ class SamplingConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
-    learning_rate: PositiveFloat
-    betas: tuple[Fraction, Fraction] = (0.9, 0.97)
+    learning_rate: PositiveFloat = Field(description="the peak")
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.97)
     epsilon: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.005
     clip_norm: PositiveFloat = 5.0
@@ -211,18 +320,22 @@ class OptimizerConfig(Section):
 class LoopConfig(Section):
     """What every training stage has."""
 
-    steps: PositiveInt
-    batch_size: PositiveInt
+    steps: PositiveInt = Field(description="optimizer steps")
+    batch_size: PositiveInt = Field(description="pictures per micro-batch")
     accumulation: PositiveInt = Field(default=1, description="micro-batches per step")
     optimizer: OptimizerConfig
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="autocast of the forward pass")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="0 keeps no averaged weights")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="0 keeps no averaged weights"
+    )
     seed: int = 0
     workers: NonNegativeInt = 0
     log_every: PositiveInt = 10
     validate_every: PositiveInt = 500
     validation_images: NonNegativeInt = Field(default=256, description="pictures held out for validation")
-    sample_every: NonNegativeInt = Field(default=1000, description="steps between picture grids; 0 draws none")
+    sample_every: NonNegativeInt = Field(
+        default=1000, description="steps between picture grids; 0 draws none"
+    )
     save_every: PositiveInt = 500
     keep_last: PositiveInt = Field(default=2, description="checkpoints kept besides the best one")
     export_precision: Literal["fp32", "bf16", "fp16"] = Field(
@@ -235,8 +348,11 @@ class TokenizerTraining(LoopConfig):
 
     l1_weight: NonNegativeFloat = 1.0
     structural_weight: NonNegativeFloat = Field(default=0.1, description="1 - SSIM")
-    entropy_weight: NonNegativeFloat = Field(default=0.1, description="BSQ: sure bits, evenly used bits")
-    commitment_weight: NonNegativeFloat = Field(default=0.25, description="latent near its quantised sum")
+    entropy_weight: NonNegativeFloat = Field(default=0.05, description="BSQ: sure bits, evenly used bits")
+    commitment_weight: NonNegativeFloat = Field(default=0.02, description="latent near its quantised sum")
+    picture_cache: NonNegativeFloat = Field(
+        default=2.0, description="GiB of memory for pictures already read"
+    )
 
 
 class TransformerTraining(LoopConfig):
@@ -244,13 +360,17 @@ class TransformerTraining(LoopConfig):
 
     scale_weighting: Literal["positions", "published"] = Field(
         default="published",
-        description="token weights: equal, or proportional to 1 / sqrt(h w) as published (reweight_loss_by_scale)",
+        description="token weights: equal, or as published proportional to 1 / sqrt(h w) of their scale",
     )
     bit_loss: Literal["mean", "sum"] = Field(default="mean", description="over the bits of a position")
-    flip_strength: Fraction = Field(default=0.3, description="self-correction: bits flip with up to this probability")
+    flip_strength: Fraction = Field(
+        default=0.3, description="self-correction: bits flip with up to this probability"
+    )
     flip_scales: NonNegativeInt = Field(default=13, description="scales that get flips")
     flip_warmup_steps: NonNegativeInt = Field(default=0, description="steps until flip_strength is reached")
-    caption_dropout: Fraction = Field(default=0.1, description="share of prompts replaced by the unconditional one")
+    caption_dropout: Fraction = Field(
+        default=0.1, description="share of prompts replaced by the unconditional one"
+    )
     checkpoint_activations: bool = False
 
 
@@ -264,8 +384,15 @@ class TrainingConfig(Section):
 class Config(Section):
     """A whole preset or --config file."""
 
-    name: str
+    name: str = Field(min_length=1)
     description: str = ""
     model: ModelConfig
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        layers, depth = self.sampling.cfg_layer, self.model.transformer.depth
+        if max([layers] if isinstance(layers, int) else layers, default=0) > depth:
+            self._refuse({"sampling.cfg_layer": f"must be at most model.transformer.depth {depth}"})
+        return self

@@ -1,13 +1,14 @@
 """How the engine and the runs tell what they are doing, without knowing who listens.
 
-A run gets a `Report`; the command line passes one that draws with rich (console.py), tests and Python callers pass
-`Silent()`. Nothing here prints.
+A run gets a `Report`; the command line passes one that draws with rich (console.py), tests and Python callers
+pass `Silent()`. Nothing here prints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -30,7 +31,7 @@ class Report(Protocol):
     def warning(self, text: str) -> None:
         """Say something the user may want to act on."""
 
-    def task(self, title: str, total: float | None) -> _TaskContext:
+    def task(self, title: str, total: float | None) -> AbstractContextManager[Task]:
         """Open a progress bar of `total` units; None when the end is not known."""
 
     def metrics(self, step: int, total_steps: int, values: Mapping[str, float]) -> None:
@@ -41,9 +42,19 @@ class Report(Protocol):
         """
 
 
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-    def __exit__(self, *exc: object) -> None: ...
+@dataclass(frozen=True)
+class Table:
+    """Part of a result that is shown as a table.
+
+    Attributes:
+        title: shown above it.
+        columns: heads.
+        rows: cells, as many in each row as there are heads.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 class _SilentTask:

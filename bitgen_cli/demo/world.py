@@ -736,6 +736,12 @@ def scene_at(index: int, seed: int = 0, held_out: bool = False) -> Scene:
     return _scene(_random(index, seed), held_out)
 
 
+def caption_at(index: int, seed: int = 0, held_out: bool = False) -> str:
+    """The caption of picture `index`, without drawing it."""
+    rng = _random(index, seed)
+    return caption(_scene(rng, held_out), rng)
+
+
 def picture(index: int, seed: int = 0, size: int = 64, held_out: bool = False) -> Picture:
     """Picture `index` of the world of that seed; a pure function of its arguments."""
     rng = _random(index, seed)

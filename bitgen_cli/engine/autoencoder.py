@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from bitgen_cli.config import TokenizerConfig
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of 32 groups where the channels divide by 32, else of 24."""
-    return nn.GroupNorm(32 if channels % 32 == 0 else 24, channels, eps=1e-6)
+def group_norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
+    """GroupNorm over that many channels, in the configured groups."""
+    return nn.GroupNorm(config.groups(channels), channels, eps=1e-6)
 
 
 def norm_swish(x: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -26,11 +26,11 @@ def norm_swish(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 class ResBlock(nn.Module):
     """h = conv2(swish(norm2(conv1(swish(norm1(x)))))); returns shortcut(x) + h."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, config: TokenizerConfig) -> None:
         super().__init__()
-        self.norm1 = group_norm(channels_in)
+        self.norm1 = group_norm(channels_in, config)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = group_norm(channels_out)
+        self.norm2 = group_norm(channels_out, config)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
@@ -68,22 +68,28 @@ class Upsample(nn.Module):
 class Middle(nn.Module):
     """Two residual blocks at the lowest resolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, config: TokenizerConfig) -> None:
         super().__init__()
-        self.block_1 = ResBlock(channels, channels)
-        self.block_2 = ResBlock(channels, channels)
+        self.block_1 = ResBlock(channels, channels, config)
+        self.block_2 = ResBlock(channels, channels, config)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.block_2(self.block_1(x))
         return y
 
 
+def _blocks(channels_in: int, channels_out: int, count: int, config: TokenizerConfig) -> nn.ModuleList:
+    """Residual blocks in a row; the first one changes the channels."""
+    widths = [channels_in, *[channels_out] * count]
+    return nn.ModuleList(ResBlock(before, after, config) for before, after in zip(widths, widths[1:], strict=False))
+
+
 class EncoderLevel(nn.Module):
     """Residual blocks at one resolution, then half of it (but for the last level)."""
 
-    def __init__(self, channels_in: int, channels_out: int, blocks: int, downsample: bool) -> None:
+    def __init__(self, channels_in: int, channels_out: int, config: TokenizerConfig, downsample: bool) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(channels_in if n == 0 else channels_out, channels_out) for n in range(blocks))
+        self.block = _blocks(channels_in, channels_out, config.res_blocks, config)
         self.downsample = Downsample(channels_out) if downsample else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,9 +101,9 @@ class EncoderLevel(nn.Module):
 class DecoderLevel(nn.Module):
     """Residual blocks at one resolution, then twice that (but for the first level)."""
 
-    def __init__(self, channels_in: int, channels_out: int, blocks: int, upsample: bool) -> None:
+    def __init__(self, channels_in: int, channels_out: int, config: TokenizerConfig, upsample: bool) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(channels_in if n == 0 else channels_out, channels_out) for n in range(blocks))
+        self.block = _blocks(channels_in, channels_out, config.res_blocks + 1, config)
         self.upsample = Upsample(channels_out) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,11 +122,11 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
         before = [config.base_channels, *widths[:-1]]
         self.down = nn.ModuleList(
-            EncoderLevel(before[level], widths[level], config.res_blocks, downsample=level < last)
+            EncoderLevel(before[level], widths[level], config, downsample=level < last)
             for level in range(len(widths))
         )
-        self.mid = Middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
+        self.mid = Middle(widths[-1], config)
+        self.norm_out = group_norm(widths[-1], config)
         self.conv_out = nn.Conv2d(widths[-1], config.bits, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -138,13 +144,13 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.base_channels * m for m in config.channel_multipliers]
         self.conv_in = nn.Conv2d(config.bits, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
+        self.mid = Middle(widths[-1], config)
         after = [*widths[1:], widths[-1]]
         self.up = nn.ModuleList(
-            DecoderLevel(after[level], widths[level], config.res_blocks + 1, upsample=level > 0)
+            DecoderLevel(after[level], widths[level], config, upsample=level > 0)
             for level in range(len(widths))
         )
-        self.norm_out = group_norm(widths[0])
+        self.norm_out = group_norm(widths[0], config)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:

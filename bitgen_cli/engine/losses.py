@@ -97,7 +97,9 @@ def ssim(image: Tensor, other: Tensor) -> Tensor:
 
 
 def bit_entropy(latent: Tensor) -> tuple[Tensor, Tensor]:
-    """How unsure single bits are, and how evenly each channel's bit is used; both in bits, [0, 1].
+    """How unsure single bits are, and how evenly the bit of each place and channel is used; both in bits, [0, 1].
+
+    Usage is taken place by place: over all places at once a fixed pattern would pass for evenly used bits.
 
     A bit's probability is the sigmoid of twice its latent value in units of a code, 1/sqrt(C).
 
@@ -105,7 +107,7 @@ def bit_entropy(latent: Tensor) -> tuple[Tensor, Tensor]:
         latent: (B, C, H, W).
     """
     probability = torch.sigmoid(2 * math.sqrt(latent.shape[1]) * latent.float())
-    return _binary_entropy(probability).mean(), _binary_entropy(probability.mean((0, 2, 3))).mean()
+    return _binary_entropy(probability).mean(), _binary_entropy(probability.mean(0)).mean()
 
 
 def _binary_entropy(p: Tensor) -> Tensor:

@@ -1,0 +1,486 @@
+"""The command surface: what can be typed, and the one place where errors become exit codes.
+
+A command builds its options, calls its run (imported inside the body, so that `bitgen --help` loads no torch)
+and shows the result. Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bitgen_cli import __version__
+from bitgen_cli.errors import BitgenError, ExitCode, Interrupted, UsageError
+
+TRACEBACK = "BITGEN_TRACEBACK"
+"""Environment variable: set to 1, errors come with the place in the program they come from."""
+
+
+class _Plain:
+    """A command whose --help is shown like every flag, and costs nothing where it is not asked for."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        option.metavar, option.default = "", False  # without a default, typer loads pydantic to check it
+        return option
+
+
+class _Group(_Plain, typer.core.TyperGroup):
+    """The program."""
+
+
+class _Command(_Plain, typer.core.TyperCommand):
+    """A subcommand."""
+
+
+app = typer.Typer(
+    name="bitgen",
+    help="Bitwise autoregressive text-to-image models: sample, train, tokenize.",
+    epilog="Exit codes: 0 done, 1 internal error, 2 wrong usage or configuration, 3 not enough resources, "
+    "4 missing or unreadable input, 5 training diverged, 130 interrupted.",
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+_DRAWING, _OUTPUT, _COMPUTING, _CONFIGURING = "Drawing", "Output", "Computing", "Configuration"
+
+
+def _option(
+    metavar: str, help: str, panel: str | None = None, names: tuple[str, ...] = (), least: int | None = None
+) -> Any:
+    """An option with a value. The completions go by the metavar too (completions/generate.py).
+
+    Args:
+        metavar: what the value is.
+        help: one line.
+        panel: heading in the help; None is the first one.
+        names: with their dashes, where they are not the parameter's.
+        least: smallest value of a number.
+    """
+    return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=panel, min=least)
+
+
+def _flag(names: str, help: str, panel: str | None = None) -> Any:
+    """An option without a value."""
+    return typer.Option(names, metavar="", help=help, rich_help_panel=panel)
+
+
+Json = Annotated[bool, _flag("--json", "Print one JSON object.", _OUTPUT)]
+Device = Annotated[str, _option("DEVICE", "auto, cpu, cuda, cuda:N or mps.", _COMPUTING)]
+Dtype = Annotated[str, _option("DTYPE", "auto, fp32, bf16 or fp16.", _COMPUTING)]
+Model = Annotated[str, _option("MODEL", "A model folder, a run folder, or demo, the built-in model.")]
+Resolution = Annotated[str | None, _option("RESOLUTION", "Pixel budget: 0.06M, 0.25M, 0.60M or 1M.")]
+Overrides = Annotated[
+    list[str] | None,
+    _option(
+        "KEY=VALUE",
+        "Set a configuration value, for example sampling.cfg=4. May be repeated.",
+        _CONFIGURING,
+        ("--set",),
+    ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    _option("FILE", "A YAML file with values that replace the preset's.", _CONFIGURING, ("--config",)),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"bitgen {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(cls=_Group, invoke_without_command=True)
+def _bitgen(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_print_version, is_eager=True, help="Show the version."
+        ),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(ExitCode.USAGE)
+
+
+@app.command(cls=_Command)
+def sample(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT...", help="What to draw; a picture for each.", show_default=False),
+    ] = None,
+    model: Model = "demo",
+    num_images: Annotated[
+        int, _option("N", "Pictures per prompt.", names=("--num-images", "-n"), least=1)
+    ] = 1,
+    prompts_file: Annotated[
+        str | None,
+        _option(
+            "FILE",
+            "Prompts from a file, one a line, or JSON lines with options of their own; - reads stdin.",
+            names=("--prompts",),
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        _option("SEED", "Same seed, same picture; without one it is drawn and told."),
+    ] = None,
+    cfg: Annotated[
+        str | None,
+        _option(
+            "NUMBERS",
+            "Guidance: how strictly the prompt is followed; one number, or one per scale with commas.",
+            _DRAWING,
+        ),
+    ] = None,
+    cfg_layer: Annotated[
+        int | None,
+        _option("N", "0 guides the logits; n the output of the n-th block from the end.", _DRAWING, least=0),
+    ] = None,
+    tau: Annotated[
+        str | None,
+        _option(
+            "NUMBERS",
+            "Temperature: less is safer, more is livelier; one number, or one per scale with commas.",
+            _DRAWING,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        _option("N", "1 takes the likelier value of every bit; 0 draws it.", _DRAWING, least=0),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        _option("P", "Drop a bit's unlikelier value at a probability of at most 1 - P.", _DRAWING),
+    ] = None,
+    greedy: Annotated[
+        bool,
+        _flag("--greedy", "Always the likelier value: the same as --top-k 1.", _DRAWING),
+    ] = False,
+    negative_prompt: Annotated[
+        str | None,
+        _option("TEXT", "What the guidance leads away from.", _DRAWING),
+    ] = None,
+    aspect: Annotated[
+        str | None,
+        _option("W:H", "Shape of the picture, for example 16:9.", _DRAWING),
+    ] = None,
+    resolution: Resolution = None,
+    output: Annotated[
+        str | None,
+        _option(
+            "PATH",
+            "A file, a folder, or a template such as out/{prompt}-{seed}.png.",
+            _OUTPUT,
+            ("--output", "-o"),
+        ),
+    ] = None,
+    grid: Annotated[
+        bool,
+        _flag("--grid", "Also write all pictures as one.", _OUTPUT),
+    ] = False,
+    no_metadata: Annotated[
+        bool,
+        _flag("--no-metadata", "Leave the recipe out of the picture.", _OUTPUT),
+    ] = False,
+    preview: Annotated[
+        bool,
+        _flag("--preview/--no-preview", "Show the pictures small in the terminal.", _OUTPUT),
+    ] = True,
+    as_json: Json = False,
+    batch_size: Annotated[
+        int | None,
+        _option("N", "Pictures drawn at once; no influence on them.", _COMPUTING, least=1),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overrides: Overrides = None,
+) -> None:
+    """Draw pictures from prompts."""
+    from bitgen_cli import console
+    from bitgen_cli.runs.sample import SampleOptions
+    from bitgen_cli.runs.sample import sample as draw
+
+    options = SampleOptions(
+        prompts=tuple(prompts or ()),
+        prompts_file=prompts_file,
+        model=model,
+        num_images=num_images,
+        batch_size=batch_size,
+        seed=seed,
+        cfg=cfg,
+        cfg_layer=cfg_layer,
+        tau=tau,
+        top_k=top_k,
+        top_p=top_p,
+        greedy=greedy,
+        negative_prompt=negative_prompt,
+        aspect=aspect,
+        resolution=resolution,
+        output=output,
+        grid=grid,
+        metadata=not no_metadata,
+        device=device,
+        dtype=dtype,
+        overrides=tuple(overrides or ()),
+    )
+    with console.ConsoleReport() as report:
+        result = draw(options, report)
+    if as_json:
+        console.show_json(result.to_json())
+    else:
+        console.show_samples(result, with_preview=preview)
+
+
+@app.command(cls=_Command)
+def tokenize(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A folder of pictures, or world:N for the demo world.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the token store.")],
+    model: Model = "demo",
+    resolution: Resolution = None,
+    latents: Annotated[
+        bool,
+        _flag(
+            "--latents/--no-latents",
+            "Keep the latents too, which training with flipped bits needs to be exact.",
+        ),
+    ] = True,
+    reconstruct: Annotated[
+        int,
+        _option("N", "Decode N pictures again, beside their originals, and measure PSNR and SSIM.", least=0),
+    ] = 0,
+    as_json: Json = False,
+    batch_size: Annotated[int, _option("N", "Pictures encoded at once.", _COMPUTING, least=1)] = 32,
+    workers: Annotated[int, _option("N", "Processes that read pictures ahead.", _COMPUTING, least=0)] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Turn pictures into bits: a token store to train on.
+
+    Started again, it goes on where it stopped.
+    """
+    from bitgen_cli import console
+    from bitgen_cli.runs.tokenize import TokenizeOptions
+    from bitgen_cli.runs.tokenize import tokenize as encode
+
+    options = TokenizeOptions(
+        data=data,
+        out=out,
+        model=model,
+        batch_size=batch_size,
+        latents=latents,
+        reconstruct=reconstruct,
+        resolution=resolution,
+        device=device,
+        dtype=dtype,
+        workers=workers,
+    )
+    with console.ConsoleReport() as report:
+        result = encode(options, report)
+    if as_json:
+        console.show_json(result.to_json())
+    else:
+        console.show_store(result)
+
+
+@app.command(cls=_Command)
+def train(
+    data: Annotated[
+        str,
+        _option("STORE", "A token store; for a tokenizer a folder of pictures or world:N."),
+    ],
+    out: Annotated[Path, _option("RUN", "Folder of the run, new or empty.")],
+    preset: Annotated[
+        str | None,
+        _option("PRESET", "The model and its recipe.", _CONFIGURING),
+    ] = None,
+    stage: Annotated[
+        str | None,
+        _option("STAGE", "tokenizer or transformer; without it, what DATA is for."),
+    ] = None,
+    init: Annotated[
+        str | None,
+        _option("MODEL", "Start from this model; a transformer needs the one its store was made with."),
+    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    steps: Annotated[
+        int | None,
+        _option("N", "Optimizer steps.", _CONFIGURING, least=1),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        _option("N", "Pictures per micro-batch.", _CONFIGURING, least=1),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        _option("SEED", "Of everything random.", _CONFIGURING),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train a tokenizer on pictures, or a transformer on a token store.
+
+    Ctrl-C finishes the step and saves; `bitgen resume` continues.
+    """
+    from bitgen_cli import console
+    from bitgen_cli.presets import resolve
+
+    given = {"steps": steps, "batch_size": batch_size, "seed": seed}
+    flags: dict[str, Any] = {}
+    if any(value is not None for value in given.values()):
+        from bitgen_cli.runs.train import stage_for
+
+        section = stage or stage_for(data)
+        flags = {f"training.{section}.{name}": value for name, value in given.items() if value is not None}
+    resolved = resolve(preset, config_file=config, overrides=tuple(overrides or ()), flags=flags)
+
+    from bitgen_cli.runs.train import TrainOptions
+    from bitgen_cli.runs.train import train as start
+
+    options = TrainOptions(resolved=resolved, stage=stage, data=data, out=out, init=init, device=device)
+    with console.ConsoleReport() as report:
+        result = start(options, report)
+    if as_json:
+        console.show_json(result.to_json())
+    else:
+        console.show_training(result)
+
+
+@app.command(cls=_Command)
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
+    steps: Annotated[
+        int | None,
+        _option("N", "Train N steps more than was planned.", least=1),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a training from its last checkpoint, as if it had never stopped."""
+    from bitgen_cli import console
+    from bitgen_cli.runs.resume import resume as go_on
+
+    with console.ConsoleReport() as report:
+        result = go_on(run, report, steps=steps, device=device)
+    if as_json:
+        console.show_json(result.to_json())
+    else:
+        console.show_training(result)
+
+
+@app.command("inspect-config", cls=_Command)
+def inspect_config(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TARGET",
+            help="A preset, a configuration file, a run, a model or a picture made by bitgen.",
+            show_default=False,
+        ),
+    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    schema: Annotated[
+        bool,
+        _flag("--schema", "Print the JSON schema of a configuration instead.", _OUTPUT),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show every value and where it comes from, the scales, sizes, and the memory needed."""
+    if target is None and not schema:
+        raise UsageError(
+            "nothing to inspect", "name a preset, file, run, model or picture, or ask for --schema"
+        )
+
+    from bitgen_cli import console
+    from bitgen_cli.runs.inspect_config import InspectOptions, inspect
+
+    options = InspectOptions(
+        target=target or "", overrides=list(overrides or ()), schema=schema, config_file=config
+    )
+    with console.ConsoleReport() as report:
+        result = inspect(options, report)
+    if as_json or schema:
+        console.show_json(result.to_json())
+    else:
+        console.show_tables(result.sections)
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of one command; every error becomes a line on stderr here and nowhere else."""
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal without UTF-8, or a file name that is none, must not end a command
+        if stream.errors == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _invoke(arguments)
+        sys.stdout.flush()
+        return code
+    except typer.TyperException as error:
+        return _usage_error(error)
+    except Interrupted as end:
+        return _fail(str(end), end.exit_code, kind="interrupted")
+    except BitgenError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        # whoever read our output has enough; the interpreter must not try to write the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("stopped by Ctrl-C", ExitCode.INTERRUPTED, kind="interrupted")
+    except Exception as error:
+        if _out_of_memory(error):
+            return _fail(
+                "out of memory (a smaller --batch-size or --resolution needs less)", ExitCode.RESOURCES
+            )
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        hint = "" if _wants_traceback() else f" ({TRACEBACK}=1 shows where)"
+        return _fail(f"{reason}{hint}", ExitCode.INTERNAL, kind="internal error")
+
+
+def _invoke(arguments: list[str]) -> int:
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("bitgen", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    return ExitCode.OK
+
+
+def _usage_error(error: typer.TyperException) -> int:
+    context = getattr(error, "ctx", None)
+    path = "bitgen" if context is None else context.command_path
+    return _fail(f"{error.format_message().rstrip('.')} (see {path} --help)", ExitCode.USAGE)
+
+
+def _fail(message: str, code: int, kind: str = "error") -> int:
+    from bitgen_cli import console
+
+    if _wants_traceback():
+        import traceback
+
+        traceback.print_exc()
+    console.show_error(message, kind)
+    return int(code)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether the machine or the accelerator had no memory left, in the words of Python and torch."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def _wants_traceback() -> bool:
+    return os.environ.get(TRACEBACK, "") not in ("", "0")

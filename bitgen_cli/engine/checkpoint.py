@@ -1,0 +1,265 @@
+"""The run folder of a training: its configuration, measurements and checkpoints, so that nothing is lost.
+
+    config.json                what runs: verb, stage, data, resolved configuration, origins
+    state.json                 how far it is, for people and tools; the checkpoints themselves are what counts
+    metrics.jsonl              one JSON object a line
+    start/                     what the training needs of the model it began with
+    samples/                   picture grids
+    checkpoints/step-0000500/  weights, averaged weights, optimizer; state.json is written last
+    best/                      the checkpoint of the lowest validation loss
+    model/                     the model folder the run leaves
+
+A checkpoint is written under a temporary name and renamed when it is whole; its state.json lists its files
+and their sizes. What does not match that list is half written and never used.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bitgen_cli.errors import InputError, UsageError
+from bitgen_cli.files import PARTIAL, atomic_folder, atomic_path, explain, read_json, write_json
+from bitgen_cli.report import Report
+
+FORMAT = 1
+_STEP = re.compile(r"^step-(\d+)$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a training continues from.
+
+    Attributes:
+        step: steps done.
+        tensors: by part, `weights`, `optimizer`, and `ema` when averages are kept; names to tensors.
+        state: plain values, JSON.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+class RunFolder:
+    """One training's folder.
+
+    Args:
+        path: of the run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def model(self) -> Path:
+        """The model folder the run leaves."""
+        return self.path / "model"
+
+    @property
+    def start(self) -> Path:
+        """What the training needs of the model it began with."""
+        return self.path / "start"
+
+    @property
+    def samples(self) -> Path:
+        """Picture grids drawn while training."""
+        return self.path / "samples"
+
+    @property
+    def metrics(self) -> Path:
+        """The measurements, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def refuse_used(self) -> None:
+        """Raises UsageError when there is a run here already, or other files."""
+        if (self.path / "config.json").exists():
+            raise UsageError(f"{self.path} already holds a run", f"`bitgen resume {self.path}` continues it")
+        if self.path.is_file():
+            raise UsageError(f"{self.path} is a file", "choose a new folder for the run")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise UsageError(f"{self.path} is not empty", "choose a new folder for the run")
+
+    def create(self, description: dict[str, Any]) -> None:
+        """Makes the folder and writes config.json.
+
+        Raises:
+            UsageError: it holds a run already, or other files.
+            InputError: not allowed to write there.
+            ResourceError: no space left.
+        """
+        self.refuse_used()
+        try:
+            self.samples.mkdir(parents=True)
+            self._checkpoints.mkdir()
+        except OSError as error:
+            raise explain(error, self.path, "create") from error
+        self.describe(description)
+
+    def describe(self, description: dict[str, Any]) -> None:
+        """Writes config.json."""
+        write_json(self.path / "config.json", {"format": FORMAT, **description})
+
+    def description(self) -> dict[str, Any]:
+        """What config.json says.
+
+        Raises:
+            InputError: there is no run here, or its config.json is broken.
+        """
+        if not self.path.is_dir():
+            raise InputError(f"no run at {self.path}: the folder does not exist")
+        file = self.path / "config.json"
+        if not file.is_file():
+            raise InputError(f"{self.path} holds no run: config.json is missing")
+        stored = read_json(file)
+        if not isinstance(stored, dict) or "verb" not in stored:
+            raise InputError(f"{file} does not describe a run")
+        if stored.pop("format", None) != FORMAT:
+            raise InputError(f"{file} is of another format, this bitgen reads {FORMAT}")
+        return stored
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints, oldest first."""
+        if not self._checkpoints.is_dir():
+            return []
+        found = (_STEP.match(folder.name) for folder in self._checkpoints.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def save(self, checkpoint: Checkpoint, keep_last: int) -> Path:
+        """Writes a checkpoint whole or not at all, then removes the oldest beyond `keep_last`.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            ResourceError: no space left; the older checkpoints are as they were.
+            InputError: not allowed to write there.
+        """
+        folder = self._folder(checkpoint.step)
+        with atomic_folder(folder) as temporary:
+            for part, tensors in checkpoint.tensors.items():
+                save_tensors(tensors, temporary / f"{part}.safetensors")
+            sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+            write_json(
+                temporary / "state.json",
+                {"format": FORMAT, "step": checkpoint.step, "files": sizes, "state": checkpoint.state},
+            )
+        # only older ones: a damaged newer one must not push out what is whole
+        for step in [step for step in self.steps() if step <= checkpoint.step][:-keep_last]:
+            shutil.rmtree(self._folder(step), ignore_errors=True)
+        return folder
+
+    def save_best(self, folder: Path) -> None:
+        """Makes a checkpoint the best one; its files are linked where the file system can, else copied."""
+        with atomic_folder(self.path / "best") as temporary:
+            for file in folder.iterdir():
+                try:
+                    os.link(file, temporary / file.name)
+                except OSError:
+                    shutil.copyfile(file, temporary / file.name)
+
+    def load_last(self, report: Report) -> Checkpoint:
+        """The newest whole checkpoint; half-written newer ones are named in a notice and left out.
+
+        Raises:
+            InputError: there is none: a run is never started afresh instead.
+        """
+        for leftover in self._checkpoints.glob(f".*{PARTIAL}"):
+            report.notice(f"{leftover.name} was never finished; removed")
+            shutil.rmtree(leftover, ignore_errors=True)
+        for step in reversed(self.steps()):
+            try:
+                return _load(self._folder(step))
+            except InputError as error:
+                report.warning(f"checkpoint {self._folder(step).name} is left out: {error.message}")
+        raise InputError(
+            f"{self.path} holds no whole checkpoint to continue from", "train again into a new folder"
+        )
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Appends a line to metrics.jsonl, six significant digits a number.
+
+        Raises:
+            ResourceError: no space left.
+        """
+        rounded = {
+            name: value if isinstance(value, int) else float(f"{value:.6g}") for name, value in values.items()
+        }
+        try:
+            with self.metrics.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(rounded) + "\n")
+        except OSError as error:
+            raise explain(error, self.metrics, "write") from error
+
+    def cut_log(self, step: int) -> None:
+        """Removes the lines of metrics.jsonl behind a step: a resumed run writes them again."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut off in the middle of being written
+        with atomic_path(self.metrics) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+    def write_state(self, state: Mapping[str, Any]) -> None:
+        """Writes state.json."""
+        write_json(self.path / "state.json", dict(state))
+
+    def _folder(self, step: int) -> Path:
+        return self._checkpoints / f"step-{step:07d}"
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: as for any other file; safetensors has an error of its own for a full disk.
+    """
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(file)) from error
+
+
+def _load(folder: Path) -> Checkpoint:
+    """A whole checkpoint.
+
+    Raises:
+        InputError: half written or damaged.
+    """
+    stored = read_json(folder / "state.json")
+    try:
+        step, sizes, state = int(stored["step"]), dict(stored["files"]), dict(stored["state"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / 'state.json'} does not describe a checkpoint") from error
+    tensors = {}
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise InputError(f"{file} is half written or missing")
+        try:
+            tensors[file.stem] = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is damaged: {error}") from error
+    return Checkpoint(step, tensors, state)

@@ -1,0 +1,81 @@
+# bash completion for bitgen. Written by completions/generate.py; do not edit.
+
+_bitgen() {
+    local IFS=$' \t\n' command= word words= paths= options=
+    local current=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]}
+    # --option=value comes as three words
+    if [[ $current == '=' ]]; then
+        current=
+    elif [[ $before == '=' ]]; then
+        before=${COMP_WORDS[COMP_CWORD-2]}
+    fi
+    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+        if [[ $word != -* ]]; then
+            command=$word
+            break
+        fi
+    done
+    case "$command $before" in
+        'sample --model') words='demo' paths=folders ;;
+        'sample --num-images'|'sample -n') words='' paths= ;;
+        'sample --prompts') words='' paths=files ;;
+        'sample --seed') words='' paths= ;;
+        'sample --cfg') words='' paths= ;;
+        'sample --cfg-layer') words='' paths= ;;
+        'sample --tau') words='' paths= ;;
+        'sample --top-k') words='' paths= ;;
+        'sample --top-p') words='' paths= ;;
+        'sample --negative-prompt') words='' paths= ;;
+        'sample --aspect') words='' paths= ;;
+        'sample --resolution') words='0.06M 0.25M 0.60M 1M' paths= ;;
+        'sample --output'|'sample -o') words='' paths=files ;;
+        'sample --batch-size') words='' paths= ;;
+        'sample --device') words='auto cpu cuda mps' paths= ;;
+        'sample --dtype') words='auto fp32 bf16 fp16' paths= ;;
+        'sample --set') words='' paths= ;;
+        'tokenize --model') words='demo' paths=folders ;;
+        'tokenize --resolution') words='0.06M 0.25M 0.60M 1M' paths= ;;
+        'tokenize --reconstruct') words='' paths= ;;
+        'tokenize --batch-size') words='' paths= ;;
+        'tokenize --workers') words='' paths= ;;
+        'tokenize --device') words='auto cpu cuda mps' paths= ;;
+        'tokenize --dtype') words='auto fp32 bf16 fp16' paths= ;;
+        'train --data') words='' paths=folders ;;
+        'train --out') words='' paths=folders ;;
+        'train --preset') words='16bit 32bit 64bit demo infinity-2b infinity-8b layer16 layer24 layer32 layer40 layer48' paths= ;;
+        'train --stage') words='tokenizer transformer' paths= ;;
+        'train --init') words='demo' paths=folders ;;
+        'train --config') words='' paths=files ;;
+        'train --set') words='' paths= ;;
+        'train --steps') words='' paths= ;;
+        'train --batch-size') words='' paths= ;;
+        'train --seed') words='' paths= ;;
+        'train --device') words='auto cpu cuda mps' paths= ;;
+        'resume --steps') words='' paths= ;;
+        'resume --device') words='auto cpu cuda mps' paths= ;;
+        'inspect-config --config') words='' paths=files ;;
+        'inspect-config --set') words='' paths= ;;
+        *)
+            case $command in
+                '') words='sample tokenize train resume inspect-config' options='--version --help -h' ;;
+                sample) words='' paths= options='--model --num-images -n --prompts --seed --cfg --cfg-layer --tau --top-k --top-p --greedy --negative-prompt --aspect --resolution --output -o --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --set --help -h' ;;
+                tokenize) words='' paths=folders options='--model --resolution --latents --no-latents --reconstruct --json --batch-size --workers --device --dtype --help -h' ;;
+                train) words='' paths= options='--data --out --preset --stage --init --config --set --steps --batch-size --seed --device --json --help -h' ;;
+                resume) words='' paths=folders options='--steps --device --json --help -h' ;;
+                inspect-config) words='16bit 32bit 64bit demo infinity-2b infinity-8b layer16 layer24 layer32 layer40 layer48' paths=files options='--config --set --schema --json --help -h' ;;
+            esac
+            # options where one is begun, or where nothing else can stand
+            if [[ $current == -* || -z "$words$paths" ]]; then
+                words=$options paths=
+            fi
+            ;;
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "$current"))
+    IFS=$'\n'
+    case $paths in
+        files) COMPREPLY+=($(compgen -f -- "$current")) ;;
+        folders) COMPREPLY+=($(compgen -d -- "$current")) ;;
+    esac
+}
+
+complete -o filenames -F _bitgen bitgen

@@ -1,0 +1,366 @@
+"""`bitgen train` and `bitgen resume` on both stages, end to end with tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from bitgen_cli.config import Config
+from bitgen_cli.engine.model_folder import load_model
+from bitgen_cli.errors import ExitCode, InputError, Interrupted, UsageError
+from bitgen_cli.report import Silent
+from bitgen_cli.runs.resume import resume
+from bitgen_cli.runs.tokenize import TokenizeOptions, tokenize
+from bitgen_cli.runs.train import TrainOptions, TrainResult, train
+
+LOOP: dict[str, Any] = {
+    "steps": 7,
+    "batch_size": 4,
+    "accumulation": 2,
+    "ema_decay": 0.9,
+    "precision": "bf16",
+    "optimizer": {"learning_rate": 0.002, "warmup_steps": 2, "schedule": "cosine"},
+    "log_every": 1,
+    "validate_every": 4,
+    "save_every": 100,
+    "sample_every": 4,
+    "validation_images": 4,
+}
+"""40 pictures make 9 micro-batches an epoch: step 5 crosses into the second one."""
+
+MODEL: dict[str, Any] = {
+    "tokenizer": {
+        "bits": 8,
+        "patch_size": 4,
+        "base_channels": 24,
+        "channel_multipliers": [1, 1, 1],
+        "res_blocks": 1,
+    },
+    "transformer": {
+        "depth": 2,
+        "width": 32,
+        "heads": 2,
+        "ffn_ratio": 8,
+        "text_width": 16,
+        "text_length": 24,
+        "patchify": False,
+        "drop_path": 0.2,
+    },
+    "text_encoder": {
+        "source": "new",
+        "vocabulary": 120,
+        "width": 16,
+        "layers": 1,
+        "heads": 2,
+        "ffn_width": 32,
+    },
+    "scales": {"published": False, "custom": {"1.0": [[1, 1], [2, 2], [4, 4]]}},
+}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What the presets hand over: a configuration and where its values come from."""
+
+    config: Config
+    origins: dict[str, str] = field(default_factory=lambda: {"name": "test"})
+
+
+def resolved(stage: str, model: dict[str, Any] = MODEL, **changes: Any) -> Any:
+    config = {"name": "tiny", "model": model, "training": {stage: {**LOOP, **changes}}}
+    return Resolved(Config.model_validate(config))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass
+class World:
+    """A trained tokenizer and the store made with it."""
+
+    tokenizer_run: Path
+    store: Path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    run, store = folder / "tokenizer", folder / "store"
+    options = TrainOptions(
+        resolved("tokenizer", steps=2, sample_every=0), None, "world:20", run, device="cpu"
+    )
+    train(options, Silent())
+    tokenize(TokenizeOptions("world:40", store, str(run), device="cpu", dtype="fp32"), Silent())
+    return World(run, store)
+
+
+def options_for(stage: str, world: World, out: Path, **changes: Any) -> TrainOptions:
+    if stage == "tokenizer":
+        return TrainOptions(resolved(stage, **changes), None, "world:40", out, device="cpu")
+    return TrainOptions(
+        resolved(stage, **changes), None, str(world.store), out, str(world.tokenizer_run), "cpu"
+    )
+
+
+class StopAt(Silent):
+    """Asks the run to stop once it has measured a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def metrics(self, step: int, total_steps: int, values: Any) -> None:
+        if step == self.step and "loss" in values:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def contents(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint and of the model folder."""
+    newest = max((run / "checkpoints").iterdir())
+    files = [*newest.glob("*.safetensors"), *(run / "model").rglob("*.safetensors")]
+    found = {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+    assert found
+    return found
+
+
+def measured(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_interrupted_and_resumed_equals_straight_bit_for_bit(
+    stage: str, world: World, tmp_path: Path
+) -> None:
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    result = train(options_for(stage, world, straight), Silent())
+    with pytest.raises(Interrupted, match="after step 3 of 7") as caught:
+        train(options_for(stage, world, halves), StopAt(3))
+    assert caught.value.exit_code == ExitCode.INTERRUPTED
+    # what a kill leaves: measurements behind the checkpoint, and half of the next one
+    with (halves / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
+    (halves / "checkpoints" / ".step-0000004.1.partial").mkdir()
+    resumed = resume(halves, Silent(), device="cpu")
+
+    expected, found = contents(straight), contents(halves)
+    assert expected.keys() == found.keys()
+    differing = [name for name in expected if not torch.equal(expected[name], found[name])]
+    assert not differing
+    assert measured(straight) == measured(halves)
+    assert (result.loss, result.validation) == (resumed.loss, resumed.validation)
+    picture = f"samples/step-{7:07d}.png"
+    assert (straight / picture).read_bytes() == (halves / picture).read_bytes()
+
+
+def test_the_tokenizer_learns_and_leaves_a_model(tmp_path: Path) -> None:
+    recipe = resolved(
+        "tokenizer",
+        steps=100,
+        batch_size=8,
+        accumulation=1,
+        validate_every=25,
+        sample_every=50,
+        commitment_weight=0.02,
+        entropy_weight=0.02,
+        optimizer={"learning_rate": 0.005},
+    )
+    options = TrainOptions(recipe, None, "world:80", tmp_path / "run", device="cpu")
+    result = train(options, Silent())
+    lines = measured(tmp_path / "run")
+    validations = [line for line in lines if "val_loss" in line]
+    assert validations[-1]["val_loss"] < 0.8 * lines[0]["loss"]
+    assert validations[-1]["val_psnr"] > validations[0]["val_psnr"] + 0.5
+    assert set(result.validation) == {"val_loss", "val_psnr", "val_ssim", "val_bit_usage"}
+    assert Image.open(tmp_path / "run" / "samples" / "step-0000100.png").size == (4 * 16, 2 * 16)
+    assert load_model(result.model).tokenizer is not None
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["finished"] is True
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (stored["verb"], stored["stage"], stored["data"]) == ("train", "tokenizer", "world:80")
+    assert stored["origins"] == {"name": "test"}
+
+
+def test_the_transformer_learns_and_leaves_a_model_with_its_tokenizer(world: World, tmp_path: Path) -> None:
+    options = options_for("transformer", world, tmp_path / "run", steps=80, accumulation=1, validate_every=20)
+    result = train(options, Silent())
+    lines = measured(tmp_path / "run")
+    assert {f"bit_accuracy/{k}" for k in range(3)} | {"epoch", "learning_rate", "grad_norm"} <= set(lines[0])
+    validations = [line for line in lines if "val_loss" in line]
+    assert validations[-1]["val_loss"] < 0.85 * lines[0]["loss"]
+    assert validations[-1]["val_bit_accuracy/2"] > 0.5
+    model = load_model(result.model)
+    assert model.transformer is not None
+    assert model.text_encoder is not None
+    theirs = load_model(world.tokenizer_run / "model", parts=("tokenizer",))
+    assert model.fingerprints["tokenizer"] == theirs.fingerprints["tokenizer"]
+    captions = (tmp_path / "run" / "samples" / "captions.txt").read_text().splitlines()
+    assert len(captions) == 4
+    assert TrainResult.to_json(result)["model"] == str(tmp_path / "run" / "model")
+
+
+def test_every_part_that_should_learn_gets_gradients(world: World, tmp_path: Path) -> None:
+    """After a few steps every tensor of the transformer and of its own text encoder has moved."""
+    train(options_for("transformer", world, tmp_path / "run", steps=3, caption_dropout=0.5), Silent())
+    moments = load_file(tmp_path / "run" / "checkpoints" / "step-0000003" / "optimizer.safetensors")
+    still = [name for name, tensor in moments.items() if name.endswith("/exp_avg") and not tensor.any()]
+    # tokens and relative positions that occur in no caption of the batches keep zeros only in part
+    assert still == []
+    weights = load_file(tmp_path / "run" / "checkpoints" / "step-0000003" / "weights.safetensors")
+    assert {name.rsplit("/", 1)[0] for name in moments} == set(weights)
+    assert any(name.startswith("text_encoder.") for name in weights)
+
+
+def test_a_store_without_latents_trains_without_flips_alone(world: World, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    source = TokenizeOptions(
+        "world:40", store, str(world.tokenizer_run), latents=False, device="cpu", dtype="fp32"
+    )
+    tokenize(source, Silent())
+
+    def options(out: Path, **changes: Any) -> TrainOptions:
+        init = str(world.tokenizer_run)
+        return TrainOptions(resolved("transformer", steps=2, **changes), None, str(store), out, init, "cpu")
+
+    with pytest.raises(UsageError, match=r"no latents.*flip_strength=0"):
+        train(options(tmp_path / "refused"), Silent())
+    assert not (tmp_path / "refused").exists()
+    train(options(tmp_path / "plain", flip_strength=0), Silent())
+
+    # bits and latents of one picture say the same: without flips both stores give the same losses
+    train(options_for("transformer", world, tmp_path / "latents", steps=2, flip_strength=0), Silent())
+    for ours, theirs in zip(measured(tmp_path / "plain"), measured(tmp_path / "latents"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_store_of_another_tokenizer_is_refused(world: World, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    train(
+        TrainOptions(resolved("tokenizer", steps=1, seed=9), None, "world:20", other, device="cpu"), Silent()
+    )
+    options = TrainOptions(
+        resolved("transformer"), None, str(world.store), tmp_path / "run", str(other), "cpu"
+    )
+    with pytest.raises(UsageError, match="another tokenizer"):
+        train(options, Silent())
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_transformer_needs_a_model_to_begin_with(world: World, tmp_path: Path) -> None:
+    options = TrainOptions(resolved("transformer"), None, str(world.store), tmp_path / "run", None, "cpu")
+    with pytest.raises(UsageError, match="needs --init"):
+        train(options, Silent())
+
+
+def test_scales_of_another_model_are_refused(world: World, tmp_path: Path) -> None:
+    model = {**MODEL, "scales": {"published": False, "custom": {"1.0": [[1, 1], [3, 3], [4, 4]]}}}
+    init = str(world.tokenizer_run)
+    options = TrainOptions(
+        resolved("transformer", model), None, str(world.store), tmp_path / "run", init, "cpu"
+    )
+    with pytest.raises(UsageError, match="differ in the scales"):
+        train(options, Silent())
+
+
+def test_a_run_begins_with_the_whole_model_it_is_given(world: World, tmp_path: Path) -> None:
+    first = train(options_for("transformer", world, tmp_path / "first", steps=4), Silent())
+    tiny = {"learning_rate": 1e-12}
+    init = str(tmp_path / "first")
+    again = resolved("transformer", steps=1, optimizer=tiny)
+    second = train(TrainOptions(again, None, str(world.store), tmp_path / "second", init, "cpu"), Silent())
+    assert second.validation == pytest.approx(first.validation, abs=1e-4)
+
+
+def test_a_folder_with_a_bad_picture_trains_and_names_it(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(120):
+        Image.new("RGB", (20, 16), (number * 2, 90, 255 - number)).save(folder / f"{number:03d}.png")
+    (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:40])
+    report = Silent()
+    recipe = resolved("tokenizer", steps=15, batch_size=8, workers=1)
+    options = TrainOptions(recipe, "tokenizer", str(folder), tmp_path / "run", device="cpu")
+    train(options, report)
+    assert sum("007.png" in notice for notice in report.notices) == 1
+
+    for number in (8, 9):
+        (folder / f"00{number}.png").write_bytes(b"")
+    worse = TrainOptions(recipe, "tokenizer", str(folder), tmp_path / "worse", device="cpu")
+    with pytest.raises(InputError, match="more than 1 %"):
+        train(worse, Silent())
+
+
+def test_pictures_of_two_aspect_ratios_train_together(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(24):
+        size = (16, 16) if number % 3 else (16, 32)
+        Image.new("RGB", size, (number * 9, 90, 255 - number)).save(folder / f"{number:03d}.png")
+        (folder / f"{number:03d}.txt").write_text(f"picture {number}")
+    scales = {"1.0": [[1, 1], [2, 2], [4, 4]], "2.0": [[1, 1], [4, 2], [8, 4]]}
+    model = {**MODEL, "scales": {"published": False, "custom": scales}}
+    changes = {"steps": 3, "sample_every": 2}
+    tokenizer = TrainOptions(
+        resolved("tokenizer", model, **changes), None, str(folder), tmp_path / "a", device="cpu"
+    )
+    train(tokenizer, Silent())
+    tokenize(TokenizeOptions(str(folder), tmp_path / "store", str(tmp_path / "a"), device="cpu"), Silent())
+    transformer = TrainOptions(
+        resolved("transformer", model, **changes),
+        None,
+        str(tmp_path / "store"),
+        tmp_path / "b",
+        str(tmp_path / "a"),
+        "cpu",
+    )
+    assert train(transformer, Silent()).steps == 3
+
+
+def test_resume_says_when_there_is_nothing_to_do_and_extends(world: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(options_for("tokenizer", world, run, steps=2), Silent())
+    with pytest.raises(UsageError, match="finished: 2 of 2 steps"):
+        resume(run, Silent(), device="cpu")
+    assert resume(run, Silent(), steps=2, device="cpu").steps == 4
+    with pytest.raises(UsageError, match="finished: 4 of 4 steps"):
+        resume(run, Silent(), device="cpu")
+
+
+def test_resume_never_starts_afresh(world: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(options_for("tokenizer", world, run, steps=2), Silent())
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        resume(run, Silent(), device="cpu")
+    with pytest.raises(InputError, match="does not exist"):
+        resume(tmp_path / "absent", Silent(), device="cpu")
+    (run / "config.json").write_text('{"format": 1, "verb": "train", "stage": "tokenizer"}')
+    with pytest.raises(InputError, match="does not describe a training"):
+        resume(run, Silent(), device="cpu")
+
+
+def test_a_used_folder_and_a_missing_recipe_are_refused(world: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(options_for("tokenizer", world, run, steps=1), Silent())
+    with pytest.raises(UsageError, match="bitgen resume"):
+        train(options_for("tokenizer", world, run), Silent())
+    no_recipe = TrainOptions(resolved("transformer"), "tokenizer", "world:20", tmp_path / "new", device="cpu")
+    with pytest.raises(UsageError, match="no recipe for stage tokenizer"):
+        train(no_recipe, Silent())
+    unknown = TrainOptions(resolved("tokenizer"), "tokeniser", "world:20", tmp_path / "new", device="cpu")
+    with pytest.raises(UsageError, match="unknown stage"):
+        train(unknown, Silent())
