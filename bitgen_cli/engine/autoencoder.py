@@ -2,6 +2,10 @@
 
 Source: INFINITY_FORMAT section 3 (bsq_vae/vae.py, conv.py), GroupNorm variant without attention. Modules carry the plain
 LDM names (`encoder.down.0.block.0.conv1.weight`); infinity_weights.py maps the published nested ones onto them.
+
+Without gradients on a CPU the pictures are laid out channels-last and frozen upsampling convolutions run on the small
+grid: the same numbers up to rounding in about half the time. Training keeps to the plain form, whose backward pass is
+the faster one.
 """
 
 from __future__ import annotations
@@ -16,6 +20,12 @@ from bitgen_cli.config import TokenizerConfig
 def group_norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
     """GroupNorm over that many channels, in the configured groups."""
     return nn.GroupNorm(config.groups(channels), channels, eps=1e-6)
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """The same picture, channels-last where that is faster: on a CPU without gradients. Convolutions keep the layout."""
+    inference = x.device.type == "cpu" and not torch.is_grad_enabled()
+    return x.contiguous(memory_format=torch.channels_last) if inference else x
 
 
 def norm_swish(x: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -53,16 +63,41 @@ class Downsample(nn.Module):
         return y
 
 
+def folded(weight: Tensor) -> Tensor:
+    """Weights (in, out, 4, 4) of the transposed convolution with stride 2 that equals nearest x2, then `weight`.
+
+    Of the nine pixels a 3x3 window covers after doubling only four differ, so 4 products do the work of 9.
+
+    Args:
+        weight: (out, in, 3, 3).
+    """
+    flipped = weight.float().flip(2, 3)
+    corners = [(left, 1 - left, top, 1 - top) for left in (0, 1) for top in (0, 1)]
+    spread = torch.stack([F.pad(flipped, corner) for corner in corners]).sum(0)
+    return spread.transpose(0, 1).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
 class Upsample(nn.Module):
     """Nearest neighbour x2, then 3x3."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self._folded: tuple[tuple[object, ...], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and not self.conv.weight.requires_grad:
+            return F.conv_transpose2d(x, self._folded_weight(), self.conv.bias, stride=2, padding=1)
         y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return y
+
+    def _folded_weight(self) -> Tensor:
+        """Folded once, and again when the weights have changed."""
+        weight = self.conv.weight
+        state = (weight.data_ptr(), weight._version, weight.dtype)
+        if self._folded is None or self._folded[0] != state:
+            self._folded = (state, folded(weight))
+        return self._folded[1]
 
 
 class Middle(nn.Module):
@@ -130,7 +165,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.bits, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.conv_in(image)
+        x = self.conv_in(laid_out(image))
         for level in self.down:
             x = level(x)
         latent: Tensor = self.conv_out(norm_swish(self.mid(x), self.norm_out))
@@ -154,7 +189,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(latent))
+        x = self.mid(self.conv_in(laid_out(latent)))
         for level in reversed(self.up):
             x = level(x)
         image: Tensor = self.conv_out(norm_swish(x, self.norm_out))

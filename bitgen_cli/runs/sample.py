@@ -1,0 +1,483 @@
+"""`bitgen sample`: prompts to pictures, each with the recipe to draw it again."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import string
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, PngImagePlugin
+
+from bitgen_cli import __version__
+from bitgen_cli.config import SamplingConfig
+from bitgen_cli.engine.data import grid, to_pil, to_tensor
+from bitgen_cli.engine.device import keep_freed_memory, pick_device, pick_dtype
+from bitgen_cli.engine.model_folder import Model, find_model, load_model
+from bitgen_cli.engine.sampling import generate, plan
+from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
+from bitgen_cli.engine.text import TextEncoder
+from bitgen_cli.engine.tokenizer import Tokenizer
+from bitgen_cli.engine.transformer import Transformer
+from bitgen_cli.errors import InputError, UsageError
+from bitgen_cli.files import atomic_path, explain
+from bitgen_cli.presets import resolve_stored
+from bitgen_cli.report import Report, Task
+from bitgen_cli.runs.inspect_config import RECIPE
+
+BATCH = 8
+"""Pictures drawn at once when nothing else is asked for."""
+SMALL_WIDTH = 512
+"""Transformers narrower than this are drawn in fp32 on a CPU: bf16 saves them nothing."""
+LINE_KEYS: dict[str, type | tuple[type, ...]] = {
+    "prompt": str,
+    "negative_prompt": str,
+    "seed": int,
+    "num_images": int,
+    "aspect": str,
+    "resolution": str,
+    "output": str,
+    "cfg": (int, float, list),
+    "cfg_layer": (int, list),
+    "tau": (int, float, list),
+    "top_k": int,
+    "top_p": (int, float),
+}  # fmt: skip
+"""What a line of a JSONL prompt file may say, and the types it may say it in."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What to draw and how; None leaves a value to the model's own defaults.
+
+    Attributes:
+        prompts: a picture, or `num_images` of them, for each.
+        prompts_file: more prompts, one a line or JSON lines with options of their own; `-` is stdin.
+        model: `demo`, a model folder or a run folder.
+        num_images: per prompt.
+        batch_size: pictures drawn at once; no influence on them.
+        seed: of each prompt's first picture, the next ones count up; None draws one.
+        cfg, tau: a number, or one per scale with commas.
+        cfg_layer, top_k, top_p: as in the sampling section of the configuration.
+        greedy: top_k 1.
+        negative_prompt: what guidance leads away from.
+        aspect: W:H.
+        resolution: pixel budget of a published schedule.
+        output: a file, a folder, or a template with {prompt}, {seed}, {index}, {model}.
+        grid: also writes all pictures as one.
+        metadata: whether pictures carry their recipe.
+        device, dtype: as in engine.device.
+        overrides: sampling.KEY=VALUE.
+    """
+
+    prompts: tuple[str, ...] = ()
+    prompts_file: str | None = None
+    model: str = "demo"
+    num_images: int = 1
+    batch_size: int | None = None
+    seed: int | None = None
+    cfg: str | None = None
+    cfg_layer: int | None = None
+    tau: str | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    greedy: bool = False
+    negative_prompt: str | None = None
+    aspect: str | None = None
+    resolution: str | None = None
+    output: str | None = None
+    grid: bool = False
+    metadata: bool = True
+    device: str = "auto"
+    dtype: str = "auto"
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SampledPicture:
+    """One picture that was written."""
+
+    path: Path
+    prompt: str
+    seed: int
+    recipe: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Its path and recipe."""
+        return {"path": str(self.path), **self.recipe}
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """Everything that was written.
+
+    Attributes:
+        pictures: in the order of the prompts.
+        grid: all of them as one, when asked for.
+        seconds: drawing and writing took, without loading.
+    """
+
+    pictures: list[SampledPicture]
+    grid: Path | None
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as one JSON object."""
+        return {
+            "pictures": [picture.to_json() for picture in self.pictures],
+            "grid": None if self.grid is None else str(self.grid),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One picture to draw."""
+
+    prompt: str
+    negative: str | None
+    seed: int
+    sampling: SamplingConfig
+    schedule: Schedule
+    resolution: str | None
+    output: str | None
+
+    def together(self) -> tuple[object, ...]:
+        """Pictures with the same value are drawn in one batch."""
+        return self.sampling.model_dump_json(), self.schedule, self.negative is None
+
+
+@dataclass
+class _Parts:
+    """A model with everything that drawing needs."""
+
+    name: str
+    model: Model
+    tokenizer: Tokenizer
+    transformer: Transformer
+    text_encoder: TextEncoder
+    dtype: torch.dtype
+    device: torch.device
+    taken: set[Path] = field(default_factory=set)
+
+
+def sample(options: SampleOptions, report: Report) -> SampleResult:
+    """Draws the pictures and writes them.
+
+    Args:
+        options: what and how.
+        report: gets one bar over the pictures and notices about prompts that were cut.
+
+    Raises:
+        UsageError: no prompt, an empty prompt, options that do not fit the model or each other.
+        InputError: the model or the prompt file cannot be read, the output cannot be written.
+    """
+    keep_freed_memory()
+    requests = list(_requests(options))
+    if not requests:
+        raise UsageError("no prompt", 'for example: bitgen sample "a red dog on the moon"')
+    parts = _load(options)
+    jobs = [job for request in requests for job in _jobs(request, parts)]
+    if options.output is not None:
+        _check_output(options.output, len(jobs))
+    for prompt in dict.fromkeys(job.prompt for job in jobs):
+        if parts.text_encoder.is_cut(prompt):
+            limit = parts.text_encoder.max_length
+            report.notice(f"only the first {limit} tokens are read of the long prompt {prompt[:60]!r}...")
+    started = time.perf_counter()
+    pictures: dict[int, SampledPicture] = {}
+    images: dict[int, Image.Image] = {}
+    with report.task("drawing", len(jobs)) as task:
+        for batch in _batches(jobs, options.batch_size or BATCH):
+            drawn = _draw([jobs[i] for i in batch], parts, task)
+            for index, image in zip(batch, drawn, strict=True):
+                pictures[index] = _write(image, jobs[index], index, options, parts)
+                if options.grid:
+                    images[index] = image
+                task.advance()
+    ordered = [pictures[i] for i in range(len(jobs))]
+    sheet = _write_grid([images[i] for i in range(len(jobs))], options, parts) if options.grid else None
+    return SampleResult(ordered, sheet, time.perf_counter() - started)
+
+
+# -- what to draw ------------------------------------------------------------------------------------------------
+
+
+def _requests(options: SampleOptions) -> Iterator[SampleOptions]:
+    """The options of every prompt: those of the command line, with what its line of the prompt file says on top."""
+    for prompt in options.prompts:
+        yield replace(options, prompts=(prompt,))
+    if options.prompts_file is None:
+        return
+    name = "standard input" if options.prompts_file == "-" else options.prompts_file
+    for number, line in enumerate(_read_lines(options.prompts_file), 1):
+        if not line.strip():
+            continue
+        if line.lstrip().startswith("{"):
+            yield _from_json(options, line, f"{name}, line {number}")
+        else:
+            yield replace(options, prompts=(line.strip(),))
+
+
+def _read_lines(file: str) -> list[str]:
+    if file == "-":
+        return sys.stdin.read().splitlines()
+    path = Path(file)
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise explain(error, path, "read") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text") from error
+
+
+def _from_json(options: SampleOptions, line: str, where: str) -> SampleOptions:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not valid JSON: {error}") from error
+    for key, value in row.items():
+        if key not in LINE_KEYS:
+            raise UsageError(f"{where}: unknown key {key!r}", f"known: {', '.join(LINE_KEYS)}")
+        if isinstance(value, bool) or not isinstance(value, LINE_KEYS[key]):
+            raise UsageError(f"{where}: {key} cannot be {value!r}")
+    if "prompt" not in row:
+        raise UsageError(f"{where}: needs a prompt")
+    if row.get("num_images", 1) < 1:
+        raise UsageError(f"{where}: num_images must be at least 1")
+    changed = {key: value for key, value in row.items() if key != "prompt"}
+    for key in ("cfg", "tau"):
+        if key in changed:
+            changed[key] = ",".join(map(str, changed[key])) if isinstance(changed[key], list) else str(changed[key])
+    return replace(options, prompts=(row["prompt"],), **changed)
+
+
+def _jobs(options: SampleOptions, parts: _Parts) -> list[_Job]:
+    prompt = options.prompts[0].strip()
+    if not prompt:
+        raise UsageError("the prompt is empty", "say what to draw")
+    sampling = _sampling(options, parts.model)
+    scales = _schedule(options, parts.model)
+    plan(sampling, len(scales))  # a list of another length is refused before anything is drawn
+    depth = parts.model.config.transformer.depth
+    layers = [sampling.cfg_layer] if isinstance(sampling.cfg_layer, int) else sampling.cfg_layer
+    if max(layers) > depth:
+        raise UsageError(f"cfg_layer {max(layers)} is more than the model's {depth} blocks")
+    seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    job = _Job(prompt, options.negative_prompt, seed, sampling, scales, options.resolution, options.output)
+    return [replace(job, seed=seed + k) for k in range(options.num_images)]
+
+
+def _sampling(options: SampleOptions, model: Model) -> SamplingConfig:
+    """The model's defaults, then the flags, then --set."""
+    flags: dict[str, Any] = {
+        "cfg": _numbers(options.cfg, "--cfg"),
+        "tau": _numbers(options.tau, "--tau"),
+        "cfg_layer": options.cfg_layer,
+        "top_k": 1 if options.greedy else options.top_k,
+        "top_p": options.top_p,
+    }
+    if options.greedy and options.top_k not in (None, 1):
+        raise UsageError(f"--greedy is --top-k 1 and cannot go with --top-k {options.top_k}")
+    for override in options.overrides:
+        if not override.startswith("sampling."):
+            raise UsageError(f"--set {override}: only sampling values can be set here", "for example sampling.cfg=4")
+    given = {key: value for key, value in flags.items() if value is not None}
+    stored = {
+        "name": parts_name(model.folder),
+        "model": model.config.model_dump(mode="json"),
+        "sampling": model.sampling.model_dump(mode="json") | given,
+    }
+    return resolve_stored(stored, {}, where="sampling options", overrides=options.overrides).config.sampling
+
+
+def parts_name(folder: Path) -> str:
+    """What a model folder is called: its own name, or that of the run it lies in."""
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+def _numbers(text: str | None, flag: str) -> float | list[float] | None:
+    """One number, or several with commas."""
+    if text is None:
+        return None
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag} {text!r} is not a number, nor numbers with commas") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _schedule(options: SampleOptions, model: Model) -> Schedule:
+    scales = model.config.scales
+    ratio = 1.0 if 1.0 in ratios(scales) else ratios(scales)[0]
+    if options.aspect is not None:
+        width, _, height = options.aspect.partition(":")
+        if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+            raise UsageError(f"--aspect {options.aspect!r} is not W:H", "for example 16:9")
+        wanted = int(height) / int(width)
+        ratio = nearest_ratio(wanted, scales)
+        if len(ratios(scales)) == 1 and abs(ratio - wanted) > 0.01:
+            raise UsageError(f"this model draws height / width {ratio:g} alone, not --aspect {options.aspect}")
+    return schedule(scales, patchify=model.config.transformer.patchify, ratio=ratio, resolution=options.resolution)
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------
+
+
+def _load(options: SampleOptions) -> _Parts:
+    device = pick_device(options.device)
+    folder = find_model(options.model)
+    model = load_model(folder, device=device, dtype=torch.float32, parts=())
+    small = device.type == "cpu" and model.config.transformer.width < SMALL_WIDTH
+    dtype = torch.float32 if options.dtype == "auto" and small else pick_dtype(options.dtype, device)
+    model = load_model(folder, device=device, dtype=dtype)
+    if model.transformer is None or model.tokenizer is None or model.text_encoder is None:
+        missing = "transformer" if model.transformer is None else "text encoder"
+        raise InputError(f"the model {folder} has no {missing} yet", "bitgen train makes one")
+    name = options.model if options.model == "demo" else parts_name(folder)
+    return _Parts(name, model, model.tokenizer, model.transformer, model.text_encoder, dtype, device)
+
+
+def _batches(jobs: Sequence[_Job], size: int) -> Iterator[list[int]]:
+    """Indices of jobs that may be drawn together, at most `size` at a time."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, job in enumerate(jobs):
+        groups.setdefault(job.together(), []).append(index)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+@torch.inference_mode()
+def _draw(jobs: Sequence[_Job], parts: _Parts, task: Task) -> list[Image.Image]:
+    """The pictures of one batch, in its order."""
+    first = jobs[0]
+    negatives = [job.negative for job in jobs if job.negative is not None]
+    images, _ = generate(
+        parts.transformer,
+        parts.tokenizer,
+        parts.text_encoder.encode([job.prompt for job in jobs]),
+        first.schedule,
+        plan(first.sampling, len(first.schedule)),
+        [job.seed for job in jobs],
+        negative=parts.text_encoder.encode(negatives) if negatives else None,
+        on_scale=lambda scale: task.status(f"scale {scale + 1} of {len(first.schedule)}"),
+    )
+    return [to_pil(image) for image in images]
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+
+
+def _recipe(job: _Job, image: Image.Image, parts: _Parts) -> dict[str, Any]:
+    """Everything the picture can be drawn again from."""
+    dtypes = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return {
+        "bitgen": __version__,
+        "prompt": job.prompt,
+        "negative_prompt": job.negative,
+        "seed": job.seed,
+        "model": parts.name,
+        "fingerprints": parts.model.fingerprints,
+        **job.sampling.model_dump(mode="json"),
+        "width": image.width,
+        "height": image.height,
+        "ratio": job.schedule.ratio,
+        "resolution": job.resolution,
+        "dtype": dtypes[parts.dtype],
+        "device": parts.device.type,
+    }
+
+
+def _parameters(recipe: Mapping[str, Any]) -> str:
+    """The recipe as other tools read it from the `parameters` key."""
+    negative = f"\nNegative prompt: {recipe['negative_prompt']}" if recipe["negative_prompt"] else ""
+    return (
+        f"{recipe['prompt']}{negative}\n"
+        f"CFG scale: {recipe['cfg']}, Temperature: {recipe['tau']}, "
+        f"Top k: {recipe['top_k']}, Top p: {recipe['top_p']}, "
+        f"Seed: {recipe['seed']}, Size: {recipe['width']}x{recipe['height']}, Model: {recipe['model']}, "
+        f"Version: bitgen {recipe['bitgen']}"
+    )
+
+
+def _write(image: Image.Image, job: _Job, index: int, options: SampleOptions, parts: _Parts) -> SampledPicture:
+    recipe = _recipe(job, image, parts)
+    info = None
+    if options.metadata:
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("parameters", _parameters(recipe))
+        info.add_itxt(RECIPE, json.dumps(recipe, ensure_ascii=False))
+    path = _path(job, index, parts)
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+    return SampledPicture(path, job.prompt, job.seed, recipe)
+
+
+def _write_grid(images: list[Image.Image], options: SampleOptions, parts: _Parts) -> Path:
+    if len({image.size for image in images}) > 1:
+        raise UsageError("--grid needs pictures of one size", "draw the others in another call")
+    columns = min(len(images), max(1, round(len(images) ** 0.5)) if len(images) > 8 else len(images))
+    stacked = torch.stack([to_tensor(image, (image.height, image.width)) for image in images])
+    place = Path(options.output or ".")
+    folder = place if _is_folder(options.output) else place.parent
+    path = _free(folder / "grid.png", parts.taken)
+    with atomic_path(path) as temporary:
+        grid(stacked, columns).save(temporary, format="PNG")
+    return path
+
+
+def _check_output(output: str, count: int) -> None:
+    fields = {name for _, name, _, _ in _fields(output) if name is not None}
+    unknown = fields - {"prompt", "seed", "index", "model"}
+    if unknown:
+        known = "known: {prompt} {seed} {index} {model}"
+        raise UsageError(f"--output {output}: unknown field {{{min(unknown)}}}", known)
+    if count > 1 and not fields and not _is_folder(output):
+        hint = "give a folder, or a template with {index}"
+        raise UsageError(f"--output {output} is one file for {count} pictures", hint)
+
+
+def _fields(output: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    try:
+        return list(string.Formatter().parse(output))
+    except ValueError as error:
+        raise UsageError(f"--output {output}: {error}", "write {{ for a brace of the file name") from None
+
+
+def _is_folder(output: str | None) -> bool:
+    return output is None or output.endswith(("/", "\\")) or Path(output).is_dir() or not Path(output).suffix
+
+
+def _path(job: _Job, index: int, parts: _Parts) -> Path:
+    """Where a picture goes: a named file is replaced, every other name is a free one."""
+    output = job.output
+    if output is not None and not _is_folder(output):
+        if not any(name is not None for _, name, _, _ in _fields(output)):
+            return Path(output)
+        values = {"prompt": slug(job.prompt), "seed": str(job.seed), "index": f"{index:04d}", "model": slug(parts.name)}
+        return _free(Path(string.Formatter().vformat(output, (), values)), parts.taken)
+    return _free(Path(output or ".") / f"{slug(job.prompt)}-{job.seed}.png", parts.taken)
+
+
+def _free(path: Path, taken: set[Path]) -> Path:
+    """The path, or the same with -2, -3 ... when there is such a file already."""
+    number, candidate = 1, path
+    while candidate in taken or candidate.exists():
+        number += 1
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    taken.add(candidate)
+    return candidate
+
+
+def slug(text: str) -> str:
+    """A text as part of a file name: letters, digits and dashes, at most 60 characters."""
+    words = re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:60].rstrip("-")
+    return words or "picture"

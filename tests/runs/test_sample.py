@@ -1,0 +1,226 @@
+"""`bitgen sample`: pictures, their recipes and names, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from bitgen_cli.config import ModelConfig, SamplingConfig
+from bitgen_cli.engine import model_folder
+from bitgen_cli.engine.text import new_text_encoder
+from bitgen_cli.engine.tokenizer import Tokenizer
+from bitgen_cli.engine.transformer import Transformer
+from bitgen_cli.errors import BitgenError, ConfigError, InputError, ResourceError, UsageError
+from bitgen_cli.report import Silent
+from bitgen_cli.runs.sample import SampledPicture, SampleOptions, sample, slug
+
+CONFIG = ModelConfig.model_validate(
+    {
+        "tokenizer": {
+            "bits": 8,
+            "patch_size": 4,
+            "base_channels": 8,
+            "channel_multipliers": [1, 1, 2],
+            "res_blocks": 1,
+            "norm_groups": 4,
+        },
+        "transformer": {
+            "depth": 2,
+            "width": 64,
+            "heads": 2,
+            "ffn_ratio": 4,
+            "text_width": 32,
+            "text_length": 12,
+            "patchify": False,
+        },
+        "text_encoder": {"source": "new", "vocabulary": 200, "width": 32, "layers": 1, "heads": 2, "ffn_width": 32},
+        "scales": {
+            "published": False,
+            "custom": {"1.0": [[1, 1], [2, 2], [4, 4]], "0.5": [[1, 1], [1, 2], [2, 4]]},
+        },
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    transformer = Transformer(CONFIG)
+    transformer.initialise(generator)
+    transformer.head.weight.data.mul_(100)  # decided bits, so that guidance and seeds show
+    assert CONFIG.text_encoder.source == "new"
+    text_encoder = new_text_encoder(CONFIG.text_encoder, ["a red dog on the moon"], 12, 0)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model_folder.save_model(
+        folder,
+        CONFIG,
+        SamplingConfig(top_p=1.0),
+        tokenizer=Tokenizer(CONFIG.tokenizer),
+        transformer=transformer,
+        text_encoder=text_encoder,
+    )
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def draw(model: str, *prompts: str, **options: object) -> list[SampledPicture]:
+    return sample(SampleOptions(prompts=prompts, model=model, **options), Silent()).pictures  # type: ignore[arg-type]
+
+
+def pixels(picture: SampledPicture) -> bytes:
+    with Image.open(picture.path) as image:
+        return image.tobytes()
+
+
+def test_picture_carries_its_recipe(model: str) -> None:
+    (picture,) = draw(model, "a red dog on the moon", seed=7, cfg="2", negative_prompt="a cat")
+    assert picture.path == Path("a-red-dog-on-the-moon-7.png")
+    with Image.open(picture.path) as image:
+        image.load()
+        assert image.size == (16, 16)
+        recipe = json.loads(image.text["bitgen"])
+        parameters = image.text["parameters"]
+    assert recipe["prompt"] == "a red dog on the moon"
+    assert recipe["seed"] == 7
+    assert recipe["cfg"] == 2.0
+    assert recipe["fingerprints"].keys() == {"tokenizer", "transformer", "text_encoder"}
+    assert parameters.startswith("a red dog on the moon\nNegative prompt: a cat\nCFG scale: 2.0,")
+    assert "Seed: 7, Size: 16x16" in parameters
+
+
+def test_no_metadata_leaves_the_recipe_out(model: str) -> None:
+    (picture,) = draw(model, "a dog", seed=1, metadata=False)
+    with Image.open(picture.path) as image:
+        image.load()
+        assert image.text == {}  # type: ignore[attr-defined]
+
+
+def test_pictures_do_not_depend_on_the_batch(model: str) -> None:
+    together = draw(model, "a red dog", "the moon", seed=3, num_images=3, output="together/")
+    alone = draw(model, "a red dog", "the moon", seed=3, num_images=3, output="alone/", batch_size=1)
+    assert [p.seed for p in together] == [3, 4, 5, 3, 4, 5]
+    assert [pixels(p) for p in together] == [pixels(p) for p in alone]
+    assert len({pixels(p) for p in together}) > 1
+
+
+def test_a_seed_is_drawn_when_none_is_given(model: str) -> None:
+    first, second = draw(model, "a dog")[0], draw(model, "a dog")[0]
+    assert first.seed != second.seed
+
+
+def test_nothing_is_overwritten_unless_named(model: str) -> None:
+    first, second = draw(model, "a dog", seed=1)[0], draw(model, "a dog", seed=1)[0]
+    assert (first.path.name, second.path.name) == ("a-dog-1.png", "a-dog-1-2.png")
+    named = draw(model, "a dog", seed=2, output="a-dog-1.png")[0]
+    assert named.path.name == "a-dog-1.png"
+    assert pixels(named) == pixels(draw(model, "a dog", seed=2)[0])
+
+
+def test_output_template_cannot_leave_its_folder(model: str) -> None:
+    (picture,) = draw(model, "../../etc/passwd", seed=1, output="out/{prompt}-{seed}-{index}.png")
+    assert picture.path == Path("out/etc-passwd-1-0000.png")
+
+
+def test_prompt_file_with_options_of_its_own(model: str) -> None:
+    Path("prompts.txt").write_text(
+        'a red dog\n\n{"prompt": "the moon", "seed": 9, "num_images": 2, "cfg": [1, 2, 3], "aspect": "2:1"}\n'
+    )
+    pictures = draw(model, prompts_file="prompts.txt", seed=1)
+    assert [(p.prompt, p.seed) for p in pictures] == [("a red dog", 1), ("the moon", 9), ("the moon", 10)]
+    assert pictures[1].recipe["cfg"] == [1.0, 2.0, 3.0]
+    assert (pictures[1].recipe["width"], pictures[1].recipe["height"]) == (16, 8)
+
+
+def test_grid_shows_every_picture(model: str) -> None:
+    result = sample(SampleOptions(prompts=("a dog",), model=model, num_images=3, seed=1, grid=True, output="o/"), Silent())
+    assert result.grid == Path("o/grid.png")
+    with Image.open(result.grid) as sheet:
+        assert sheet.size == (48, 16)
+    assert result.to_json()["grid"] == "o/grid.png"
+
+
+def test_greedy_is_the_same_for_every_seed(model: str) -> None:
+    first, second = draw(model, "a dog", greedy=True, seed=1), draw(model, "a dog", greedy=True, seed=2)
+    assert pixels(first[0]) == pixels(second[0])
+
+
+def test_a_long_prompt_is_cut_with_a_notice(model: str) -> None:
+    report = Silent()
+    sample(SampleOptions(prompts=("a red dog on the moon " * 9,), model=model, seed=1), report)
+    assert any("only the first 12 tokens" in notice for notice in report.notices)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({}, UsageError, "no prompt"),
+        ({"prompts": ("  ",)}, UsageError, "empty"),
+        ({"prompts": ("a",), "cfg": "red"}, UsageError, "--cfg 'red'"),
+        ({"prompts": ("a",), "cfg": "1,2"}, UsageError, "2 numbers, the model has 3 scales"),
+        ({"prompts": ("a",), "tau": "0"}, ConfigError, "sampling.tau"),
+        ({"prompts": ("a",), "top_p": 3.0}, ConfigError, "sampling.top_p"),
+        ({"prompts": ("a",), "aspect": "wide"}, UsageError, "not W:H"),
+        ({"prompts": ("a",), "resolution": "1M"}, UsageError, "one size per aspect ratio"),
+        ({"prompts": ("a",), "device": "tpu"}, UsageError, "unknown device"),
+        ({"prompts": ("a",), "device": "cuda:99"}, ResourceError, "does not exist"),
+        ({"prompts": ("a",), "dtype": "int3"}, UsageError, "unknown dtype"),
+        ({"prompts": ("a",), "num_images": 2, "output": "one.png"}, UsageError, "one file for 2 pictures"),
+        ({"prompts": ("a",), "output": "{what}.png"}, UsageError, "unknown field {what}"),
+        ({"prompts": ("a",), "overrides": ("model.depth=3",)}, UsageError, "only sampling values"),
+        ({"prompts": ("a",), "greedy": True, "top_k": 5}, UsageError, "--greedy"),
+        ({"prompts_file": "missing.txt"}, InputError, "missing.txt"),
+    ],
+)
+def test_mistakes_are_told(model: str, options: dict[str, object], error: type[BitgenError], says: str) -> None:
+    with pytest.raises(error, match=says.replace("{", r"\{")):
+        sample(SampleOptions(model=model, **options), Silent())  # type: ignore[arg-type]
+    assert not list(Path().glob("*.png"))
+
+
+@pytest.mark.parametrize("line", ['{"prompt": 3}', '{"seed": 1}', '{"prompt": "a", "sed": 1}', '{"prompt": '])
+def test_bad_prompt_lines_are_named(model: str, line: str) -> None:
+    Path("p.jsonl").write_text("a dog\n" + line + "\n")
+    with pytest.raises((UsageError, InputError), match="line 2"):
+        draw(model, prompts_file="p.jsonl")
+
+
+def test_missing_corrupt_and_foreign_models(model: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no model at nowhere"):
+        draw("nowhere", "a dog")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("config.json", "tokenizer.safetensors", "transformer.safetensors"):
+        (broken / name).write_bytes((Path(model) / name).read_bytes())
+    (broken / "transformer.safetensors").write_bytes(b"no tensors here")
+    with pytest.raises(InputError, match=r"transformer\.safetensors is not a readable safetensors"):
+        draw(str(broken), "a dog")
+    (broken / "transformer.safetensors").write_bytes((Path(model) / "tokenizer.safetensors").read_bytes())
+    with pytest.raises(InputError, match="not of this transformer"):
+        draw(str(broken), "a dog")
+
+
+def test_a_full_disk_leaves_no_half_picture(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(ResourceError, match="no space left"):
+        draw(model, "a dog", seed=1)
+    assert list(Path().iterdir()) == []
+
+
+def test_slug() -> None:
+    assert slug("A red dog, on the MOON!") == "a-red-dog-on-the-moon"
+    assert slug("../..") == "picture"
+    assert len(slug("x" * 500)) == 60
