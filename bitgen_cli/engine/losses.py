@@ -84,12 +84,13 @@ def ssim(image: Tensor, other: Tensor) -> Tensor:
     def blur(x: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(x, rows, groups=channels), columns, groups=channels)
 
-    x, y = image.float(), other.float()
+    # intensities from 0 up, as the measure's luminance term needs them
+    x, y = (image.float() + 1) / 2, (other.float() + 1) / 2
     mean_x, mean_y = blur(x), blur(y)
     variance_x = blur(x * x) - mean_x**2
     variance_y = blur(y * y) - mean_y**2
     covariance = blur(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    c1, c2 = 0.01**2, 0.03**2
     similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
         (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
     )

@@ -34,8 +34,8 @@ from bitgen_cli.files import atomic_path
 SIDE = 64
 """Pixels along a side of what the judge looks at."""
 
-PICTURES = 14_000
-STEPS = 1_100
+PICTURES = 9_800
+STEPS = 400
 BATCH = 128
 LEARNING_RATE = 4e-3
 WEIGHT_DECAY = 0.02
@@ -119,12 +119,12 @@ def _worsen(image: Tensor, rng: torch.Generator) -> Tensor:
     dx, dy = (int(torch.randint(-3, 4, (), generator=rng)) for _ in range(2))
     image = F.pad(image, (3, 3, 3, 3), mode="replicate")[..., 3 + dy : 3 + dy + SIDE, 3 + dx : 3 + dx + SIDE]
     if uniform(0, 1) < 0.5:
-        sigma = uniform(0.3, 1.1)
-        offsets = torch.arange(-2.0, 3.0)
+        sigma = uniform(0.3, 1.5)
+        offsets = torch.arange(-3.0, 4.0)
         window = torch.exp(-offsets.square() / (2 * sigma**2))
         window = window / window.sum()
-        rows, columns = window.view(1, 1, 5, 1).expand(3, 1, 5, 1), window.view(1, 1, 1, 5).expand(3, 1, 1, 5)
-        image = F.pad(image, (2, 2, 2, 2), mode="replicate")
+        rows, columns = window.view(1, 1, 7, 1).expand(3, 1, 7, 1), window.view(1, 1, 1, 7).expand(3, 1, 1, 7)
+        image = F.pad(image, (3, 3, 3, 3), mode="replicate")
         image = F.conv2d(F.conv2d(image, rows, groups=3), columns, groups=3)
     return image + uniform(0, 0.12) * torch.randn(image.shape, generator=rng)
 
@@ -174,12 +174,9 @@ def train() -> Judge:
         judge = Judge().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(judge.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=0.15)
-    order = torch.randperm(PICTURES, generator=rng)
     started = time.perf_counter()
     for step in range(STEPS):
-        if (step + 1) * BATCH % PICTURES < BATCH:
-            order = torch.randperm(PICTURES, generator=rng)
-        chosen = order[torch.arange(step * BATCH, (step + 1) * BATCH) % PICTURES]
+        chosen = torch.randint(PICTURES, (BATCH,), generator=rng)
         image = _worsen(to_float(pictures[chosen]), rng).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             answers = judge(image)

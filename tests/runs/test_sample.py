@@ -143,7 +143,8 @@ def test_prompt_file_with_options_of_its_own(model: str) -> None:
 
 
 def test_grid_shows_every_picture(model: str) -> None:
-    result = sample(SampleOptions(prompts=("a dog",), model=model, num_images=3, seed=1, grid=True, output="o/"), Silent())
+    options = SampleOptions(prompts=("a dog",), model=model, num_images=3, seed=1, grid=True, output="o/")
+    result = sample(options, Silent())
     assert result.grid == Path("o/grid.png")
     with Image.open(result.grid) as sheet:
         assert sheet.size == (48, 16)

@@ -1,0 +1,53 @@
+"""Losses and measures against values known by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+
+from bitgen_cli.config import OptimizerConfig, TransformerTraining
+from bitgen_cli.engine import scales
+from bitgen_cli.engine.losses import bit_entropy, bit_loss, position_weights, psnr, ssim
+
+
+def test_undecided_logits_cost_log_two() -> None:
+    schedule = scales.schedule(tiny.config().scales, patchify=False)
+    training = TransformerTraining(steps=1, batch_size=1, optimizer=OptimizerConfig(learning_rate=1))
+    targets = torch.rand(2, schedule.positions, 6) < 0.5
+    loss, _, per_scale = bit_loss(torch.zeros(2, schedule.positions, 12), targets, schedule, training)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+    assert per_scale.tolist() == pytest.approx([math.log(2)] * 4)
+    right = torch.stack((~targets, targets), dim=-1).flatten(-2) * 50.0
+    loss, accuracy, _ = bit_loss(right, targets, schedule, training)
+    assert loss.item() < 1e-6
+    assert accuracy.tolist() == [1.0] * 4
+
+
+def test_position_weights() -> None:
+    schedule = scales.schedule(tiny.config().scales, patchify=False)
+    even, published = position_weights(schedule, "positions"), position_weights(schedule, "published")
+    assert even.sum().item() == pytest.approx(1)
+    assert published.sum().item() == pytest.approx(1)
+    assert len(set(even.tolist())) == 1
+    assert (published[0] / published[-1]).item() == pytest.approx(4)  # 1/sqrt(1) to 1/sqrt(16)
+
+
+def test_psnr_and_ssim() -> None:
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert psnr(image, image + 0.02).tolist() == pytest.approx([40.0, 40.0], abs=1e-3)
+    assert ssim(image, image).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert ssim(image, -image).max() < 0
+
+
+def test_bit_entropy_tells_sure_and_varied_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    signs = (torch.rand(64, 8, 4, 4, generator=generator) < 0.5).float() * 2 - 1
+    unsure, usage = bit_entropy(signs * 10)
+    assert unsure < 0.01
+    assert usage > 0.95
+    # a pattern that is the same in every picture uses no bits, however it varies over the picture
+    _, usage = bit_entropy(signs[:1].expand(64, -1, -1, -1) * 10)
+    assert usage < 0.01
