@@ -370,7 +370,8 @@ def rocket(pen: Pen, paint: Paint, sway: float) -> None:
 def mushroom(pen: Pen, paint: Paint, sway: float) -> None:
     """A dotted cap on a pale stem; `sway` moves the dots."""
     pen.polygon([(-0.24, 0.0), (0.24, 0.0), (0.32, 0.86), (-0.32, 0.86)], (242, 230, 206))
-    dome = [(0.9 * math.cos(math.pi + math.pi * i / 20), 0.14 + 0.92 * math.sin(math.pi + math.pi * i / 20)) for i in range(21)]
+    angles = [math.pi + math.pi * i / 20 for i in range(21)]
+    dome = [(0.9 * math.cos(angle), 0.14 + 0.92 * math.sin(angle)) for angle in angles]
     pen.polygon(dome, paint.body)
     pen.ellipse(0, 0.12, 0.9, 0.14, paint.shade)
     for x, y, r in ((-0.44, -0.24, 0.16), (0.08, -0.5, 0.18), (0.5, -0.18, 0.14)):

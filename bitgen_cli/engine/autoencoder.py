@@ -1,7 +1,7 @@
 """The convolutional autoencoder: image to latent and back.
 
-Source: INFINITY_FORMAT section 3 (bsq_vae/vae.py, conv.py), GroupNorm variant without attention. Modules carry the plain
-LDM names (`encoder.down.0.block.0.conv1.weight`); infinity_weights.py maps the published nested ones onto them.
+Source: INFINITY_FORMAT section 3 (bsq_vae/vae.py, conv.py), GroupNorm variant without attention. Modules carry the
+plain LDM names (`encoder.down.0.block.0.conv1.weight`); infinity_weights.py maps the published nested ones onto them.
 
 Without gradients on a CPU the pictures are laid out channels-last and frozen upsampling convolutions run on the small
 grid: the same numbers up to rounding in about half the time. Training keeps to the plain form, whose backward pass is
@@ -9,6 +9,8 @@ the faster one.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ def group_norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
 
 
 def laid_out(x: Tensor) -> Tensor:
-    """The same picture, channels-last where that is faster: on a CPU without gradients. Convolutions keep the layout."""
+    """The picture, channels-last where that is faster: on a CPU without gradients. Convolutions keep the layout."""
     inference = x.device.type == "cpu" and not torch.is_grad_enabled()
     return x.contiguous(memory_format=torch.channels_last) if inference else x
 
@@ -48,7 +50,8 @@ class ResBlock(nn.Module):
         h = self.conv1(norm_swish(x, self.norm1))
         h = self.conv2(norm_swish(h, self.norm2))
         shortcut = x if self.nin_shortcut is None else self.nin_shortcut(x)
-        return shortcut + h if torch.is_grad_enabled() else h.add_(shortcut)
+        y: Tensor = shortcut + h if torch.is_grad_enabled() else h.add_(shortcut)
+        return y
 
 
 class Downsample(nn.Module):
@@ -116,7 +119,7 @@ class Middle(nn.Module):
 def _blocks(channels_in: int, channels_out: int, count: int, config: TokenizerConfig) -> nn.ModuleList:
     """Residual blocks in a row; the first one changes the channels."""
     widths = [channels_in, *[channels_out] * count]
-    return nn.ModuleList(ResBlock(before, after, config) for before, after in zip(widths, widths[1:], strict=False))
+    return nn.ModuleList(ResBlock(before, after, config) for before, after in pairwise(widths))
 
 
 class EncoderLevel(nn.Module):

@@ -54,8 +54,9 @@ def pack(bits: Tensor) -> Tensor:
     """
     padded = F.pad(bits.to(torch.uint8), (0, -bits.shape[-1] % 8))
     weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=bits.device)
-    grouped = padded.unflatten(-1, (-1, 8))
-    return (grouped * weights).sum(-1, dtype=torch.uint8)
+    grouped = torch.unflatten(padded, -1, (-1, 8))
+    packed: Tensor = (grouped * weights).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack(packed: Tensor, bits_per_position: int) -> Tensor:
@@ -81,7 +82,7 @@ def to_positions(grid: Tensor, cell: int = 1) -> Tensor:
 
 def to_grid(positions: Tensor, size: tuple[int, int], cell: int = 1) -> Tensor:
     """The inverse of `to_positions`: (B, h*w, K) to (B, C, h*cell, w*cell), for size (h, w)."""
-    grid = positions.transpose(1, 2).unflatten(2, size)
+    grid = torch.unflatten(positions.transpose(1, 2), 2, size)
     return grid if cell == 1 else F.pixel_shuffle(grid, cell)
 
 

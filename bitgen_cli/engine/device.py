@@ -56,7 +56,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether the device has bfloat16 arithmetic of its own."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         # private in torch, and the only place that knows; absent names count as "no"
         has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)

@@ -65,7 +65,9 @@ BLOCK_NAMES = {
 """Published names inside a block, and ours."""
 
 _BLOCK = re.compile(r"^(?:block_chunks\.(\d+)\.module|blocks)\.(\d+)\.(.+)$")
-_CONVOLUTION = re.compile(r"(conv_in|conv_out|conv1|conv2|nin_shortcut|downsample\.conv|upsample\.conv)\.conv\.(weight|bias)$")
+_CONVOLUTION = re.compile(
+    r"(conv_in|conv_out|conv1|conv2|nin_shortcut|downsample\.conv|upsample\.conv)\.conv\.(weight|bias)$"
+)
 _NORM = re.compile(r"(norm1|norm2|norm_out)\.norm\.(weight|bias)$")
 _DROPPED = ("lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen")
 

@@ -62,7 +62,7 @@ def rope_table(schedule: Schedule, head_channels: int, device: torch.device, dty
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotates adjacent channel pairs (a, b) to (a cos - b sin, a sin + b cos); x (B, N, L, E)."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
     return torch.stack((a * rope.cos - b * rope.sin, a * rope.sin + b * rope.cos), dim=-1).flatten(-2)
 
 
@@ -126,7 +126,7 @@ class SelfAttention(nn.Module):
 
     def _qkv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        q, k, v = linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = torch.unflatten(linear(x, self.qkv.weight, bias), -1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q = F.normalize(q, dim=-1) * self.log_scale.clamp_max(MAX_LOG_SCALE).exp().to(q.dtype)
         return rotate(q, rope).to(v.dtype), rotate(F.normalize(k, dim=-1), rope).to(v.dtype), v
 
@@ -215,7 +215,7 @@ class TextPool(nn.Module):
 def _keys_values(text: Tensor, kv: nn.Linear, v_bias: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Keys (without bias) and values (with) of text (B, T, channels), each (B, N, T, E)."""
     bias = torch.cat((torch.zeros_like(v_bias), v_bias))
-    keys, values = linear(text, kv.weight, bias).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    keys, values = torch.unflatten(linear(text, kv.weight, bias), -1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
     return keys, values
 
 

@@ -1,7 +1,7 @@
 """What training minimises, and the two measures of a reconstruction.
 
-Bitwise cross-entropy: INFINITY_FORMAT section 6 (trainer.py). Entropy of BSQ: arXiv 2406.07548, section 4. SSIM: Wang et
-al. 2004, Gaussian window of 11 with sigma 1.5.
+Bitwise cross-entropy: INFINITY_FORMAT section 6 (trainer.py). Entropy of BSQ: arXiv 2406.07548, section 4. SSIM: Wang
+et al. 2004, Gaussian window of 11 with sigma 1.5.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def bit_loss(
         The loss (scalar); bit accuracy per scale (S,) in [0, 1]; mean cross-entropy per bit and scale (S,) in nats.
         The last two carry no gradient.
     """
-    pairs = logits.float().unflatten(-1, (-1, 2))
+    pairs = torch.unflatten(logits.float(), -1, (-1, 2))
     margin = pairs[..., 1] - pairs[..., 0]
     margin = torch.where(targets, margin, -margin)
     per_bit = F.softplus(-margin)

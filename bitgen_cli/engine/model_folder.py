@@ -227,7 +227,8 @@ def _fill(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtyp
 
 
 def _save_weights(module: nn.Module, file: Path, dtype: torch.dtype) -> None:
-    save_file({name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()}, file)
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()}
+    save_file(tensors, file)
 
 
 def _save_text_encoder(encoder: TextEncoder, folder: Path, dtype: torch.dtype) -> None:
@@ -243,7 +244,9 @@ def _save_text_encoder(encoder: TextEncoder, folder: Path, dtype: torch.dtype) -
     encoder.vocabulary.save(str(folder / "tokenizer.json"))
 
 
-def _load_text_encoder(folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> TextEncoder | None:
+def _load_text_encoder(
+    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> TextEncoder | None:
     length = config.transformer.text_length
     own = folder / TEXT_FOLDER
     if own.is_dir():

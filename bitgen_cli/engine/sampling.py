@@ -82,7 +82,7 @@ def bit_probabilities(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Ten
     Returns:
         (B, L, K) in [0, 1].
     """
-    pairs = logits.unflatten(-1, (-1, 2))
+    pairs = torch.unflatten(logits, -1, (-1, 2))
     difference = pairs[..., 1] - pairs[..., 0]
     one = torch.sigmoid(difference)
     likelier = (difference >= 0).to(one.dtype)

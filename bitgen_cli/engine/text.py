@@ -101,7 +101,11 @@ def new_text_encoder(config: TextEncoderConfig, captions: Iterable[str], max_len
         max_length: longest prompt in tokens.
         seed: of the weights.
     """
-    assert config.vocabulary and config.width and config.layers and config.heads and config.ffn_width
+    assert config.vocabulary is not None
+    assert config.width is not None
+    assert config.layers is not None
+    assert config.heads is not None
+    assert config.ffn_width is not None
     vocabulary = new_vocabulary(captions, config.vocabulary)
     geometry = T5Config(
         vocab_size=vocabulary.get_vocab_size(),
@@ -127,8 +131,8 @@ def load_text_encoder(source: str, max_length: int, device: torch.device, dtype:
     Raises:
         InputError: it cannot be found, read, or is no T5.
     """
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         model = T5EncoderModel.from_pretrained(source, dtype=dtype, use_safetensors=Path(source).is_dir() or None)
         vocabulary = _load_vocabulary(source)

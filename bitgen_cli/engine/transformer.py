@@ -7,7 +7,7 @@ predicts one scale with a KV cache. Both give the same logits for the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +126,13 @@ class Transformer(nn.Module):
         """Where the weights are."""
         return self.head.weight.device
 
+    @property
+    def _blocks(self) -> Iterator[Block]:
+        """The blocks with their own type, which ModuleList forgets."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
+
     def null_features(self, lengths: Sequence[int]) -> TextFeatures:
         """The unconditional prompt of each length, as published: the first rows of a learned table."""
         rows = self.null_text[: max(lengths)]
@@ -140,9 +147,9 @@ class Transformer(nn.Module):
         pooled = self.text_pool(features, mask)
         projected = self.text_proj(features)
         activated = F.silu(pooled)
-        modulation = self.modulation(activated).float().unflatten(-1, (6, -1)).unsqueeze(1)
-        head_modulation = self.head_modulation(activated).float().unflatten(-1, (2, -1)).unsqueeze(1)
-        text_kv = [block.cross_attention.text_kv(projected, mask) for block in self.blocks]
+        modulation = torch.unflatten(self.modulation(activated).float(), -1, (6, -1)).unsqueeze(1)
+        head_modulation = torch.unflatten(self.head_modulation(activated).float(), -1, (2, -1)).unsqueeze(1)
+        text_kv = [block.cross_attention.text_kv(projected, mask) for block in self._blocks]
         return Condition(pooled, modulation, head_modulation, text_kv)
 
     def forward(self, inputs: Tensor, text: TextFeatures, schedule: Schedule) -> Tensor:
@@ -163,7 +170,7 @@ class Transformer(nn.Module):
         rope = self._rope(schedule)
         for block, text_kv in zip(self.blocks, condition.text, strict=True):
             if self.checkpoint_activations and self.training:
-                x = checkpoint(  # type: ignore[no-untyped-call]
+                x = checkpoint(
                     block, x, condition.modulation, text_kv, rope, schedule.slices, use_reentrant=False
                 )
             else:
@@ -196,7 +203,7 @@ class Transformer(nn.Module):
         x = x + self.scale_embedding.weight[scale]
         positions = schedule.slices[scale]
         rope = self._rope(schedule)[positions]
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self._blocks):
             x = block.step(x, condition.modulation, condition.text[index], rope, cache, index, positions)
             if after_block is not None:
                 x = after_block(x, index)
@@ -234,8 +241,7 @@ class Transformer(nn.Module):
         nn.init.trunc_normal_(self.text_pool.query, std=std, generator=generator)
         self.head.weight.mul_(0.02)
         self.head_modulation.weight.mul_(1e-3)
-        for block in self.blocks:
-            assert isinstance(block, Block)
+        for block in self._blocks:
             nn.init.trunc_normal_(block.modulation, generator=generator)
             block.modulation[:, :, :2].mul_(5e-6)
             block.modulation[:, :, 2:].mul_(1e-3)

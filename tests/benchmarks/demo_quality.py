@@ -303,9 +303,11 @@ def run(args: argparse.Namespace) -> int:
 
     seeds: list[Score] = []
     shares: dict[str, dict[str, float] | None] = {"judge": real.shares(), "reconstructions": back.score.shares()}
-    if model.transformer is None or model.text_encoder is None:
+    if args.reconstructions_only:
+        say("samples: not asked for")
+    elif model.transformer is None or model.text_encoder is None:
         say(f"samples: skipped, {model.folder} holds a tokenizer and no transformer yet")
-    elif not args.reconstructions_only:
+    else:
         painter = Painter(model, sizes, sampling)
         seeds = sample(trained.judge, painter, prompts(args.split), args.seeds, args.per_triple)
         if args.grid is not None:
