@@ -214,9 +214,9 @@ class Autoencoder(nn.Module):
     def encode(self, image: Tensor) -> Tensor:
         """Latent (B, C, H, W), unbounded, of an image (B, 3, height, width) in [-1, 1]."""
         latent: Tensor = self.encoder(image)
-        return latent
+        return latent.contiguous()
 
     def decode(self, total: Tensor) -> Tensor:
         """Image (B, 3, height, width) in [-1, 1], clamped, of a quantised sum (B, C, H, W)."""
         image: Tensor = self.decoder(total)
-        return image.clamp(-1, 1)
+        return image.clamp(-1, 1).contiguous()

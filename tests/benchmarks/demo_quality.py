@@ -171,10 +171,12 @@ def picture_seeds(seed: int, count: int) -> list[int]:
 
 
 def draw_grid(painter: Painter, rows: int, file: Path) -> None:
-    """Writes samples of held-out triples: a column for each class, every picture twice its size over its triple."""
+    """Writes samples of held-out triples: a column for each class, a row for each place, the triple below a picture."""
     held_out = world.scenes(held_out=True)
-    by_class = [[scene for scene in held_out if scene.object_class == name] for name in world.CLASSES]
-    scenes = [own[(column + 3 * row) % len(own)] for row in range(rows) for column, own in enumerate(by_class)]
+    places = world.PLACES[:rows]
+    scenes = [
+        s for place in places for name in world.CLASSES for s in held_out if (s.object_class, s.place) == (name, place)
+    ]
     pixels = painter.paint(scenes, [held_out.index(scene) for scene in scenes])
     width, height, margin = 2 * pixels.shape[-1], 2 * pixels.shape[-2], 18
     sheet = Image.new("RGB", (len(world.CLASSES) * (width + 4) + 4, rows * (height + margin) + margin), "white")

@@ -145,6 +145,15 @@ def test_every_class_in_every_place_is_drawn_and_seen() -> None:
         assert len(seen) == len(CLASSES)
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_every_class_and_place_is_drawn_at_128_pixels(place: str) -> None:
+    for number, name in enumerate(CLASSES):
+        colour = list(COLOURS)[(number + PLACES.index(place)) % len(COLOURS)]
+        image = world.draw(Scene(name, colour, place), random.Random(number), 128)
+        assert (image.mode, image.size) == ("RGB", (128, 128))
+        assert len(image.getcolors(128 * 128) or ()) > 50
+
+
 def test_a_larger_picture_shows_the_same() -> None:
     scene = Scene("boat", "white", "beach")
     small, large = (world.draw(scene, random.Random(1), size) for size in (64, 128))
