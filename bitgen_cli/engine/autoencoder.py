@@ -4,7 +4,7 @@ Source: INFINITY_FORMAT section 3 (bsq_vae/vae.py, conv.py), GroupNorm variant w
 plain LDM names (`encoder.down.0.block.0.conv1.weight`); infinity_weights.py maps the published nested ones onto them.
 
 Without gradients on a CPU the pictures are laid out channels-last and frozen upsampling convolutions run on the small
-grid: the same numbers up to rounding in about half the time. Training keeps to the plain form, whose backward pass is
+grid: the same numbers up to rounding in less time. Training keeps to the plain form, whose backward pass is
 the faster one.
 """
 

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bitgen_cli.engine.model_folder import find_model
-
 
 def bitgen(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bitgen_cli", *arguments]
@@ -35,11 +33,6 @@ def test_a_picture_tells_how_it_was_made(tmp_path: Path) -> None:
     assert told["seed"] == 3
     shown = bitgen(tmp_path, "inspect-config", "car.png", "--json")
     assert json.loads(shown.stdout)["recipe"]["prompt"] == "a blue car"
-
-
-def test_the_built_in_model_is_small() -> None:
-    size = sum(file.stat().st_size for file in find_model("demo").rglob("*") if file.is_file())
-    assert size <= 12_000_000
 
 
 @pytest.mark.parametrize(
