@@ -15,7 +15,6 @@ and their sizes. What does not match that list is half written and never used.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -26,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from bitgen_cli.engine.tensors import save_tensors
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.files import PARTIAL, atomic_folder, atomic_path, explain, read_json, write_json
 from bitgen_cli.report import Report
@@ -226,20 +226,6 @@ class RunFolder:
 
     def _folder(self, step: int) -> Path:
         return self._checkpoints / f"step-{step:07d}"
-
-
-def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Writes a safetensors file.
-
-    Raises:
-        OSError: as for any other file; safetensors has an error of its own for a full disk.
-    """
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(file)) from error
 
 
 def _load(folder: Path) -> Checkpoint:

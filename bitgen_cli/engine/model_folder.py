@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bitgen_cli.config import ModelConfig, SamplingConfig
 from bitgen_cli.engine.infinity_weights import require_match
+from bitgen_cli.engine.tensors import save_tensors
 from bitgen_cli.engine.text import TextEncoder, load_text_encoder
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import Transformer
@@ -103,16 +103,20 @@ def save_model(
             made with it stay valid.
         transformer, text_encoder: left out when None.
         dtype: number type of the stored weights.
+
+    Raises:
+        ResourceError: no space left; an older folder is as it was.
+        InputError: not allowed to write there.
     """
     with atomic_folder(folder) as temporary:
         parts = {}
         if isinstance(tokenizer, Path):
             shutil.copyfile(tokenizer, temporary / TOKENIZER_FILE)
         else:
-            _save_weights(tokenizer, temporary / TOKENIZER_FILE, dtype)
+            save_tensors(tokenizer.state_dict(), temporary / TOKENIZER_FILE, dtype)
         parts["tokenizer"] = fingerprint(temporary / TOKENIZER_FILE)
         if transformer is not None:
-            _save_weights(transformer, temporary / TRANSFORMER_FILE, dtype)
+            save_tensors(transformer.state_dict(), temporary / TRANSFORMER_FILE, dtype)
             parts["transformer"] = fingerprint(temporary / TRANSFORMER_FILE)
         if text_encoder is not None:
             _save_text_encoder(text_encoder, temporary / TEXT_FOLDER, dtype)
@@ -226,21 +230,12 @@ def _fill(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtyp
     module.eval().requires_grad_(False)
 
 
-def _save_weights(module: nn.Module, file: Path, dtype: torch.dtype) -> None:
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()}
-    save_file(tensors, file)
-
-
 def _save_text_encoder(encoder: TextEncoder, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir()
     encoder.model.config.to_json_file(str(folder / "config.json"))
     state = encoder.model.state_dict()
     unique = {name: tensor for name, tensor in state.items() if name != "encoder.embed_tokens.weight"}
-    save_file(
-        {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in unique.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    save_tensors(unique, folder / "model.safetensors", dtype, metadata={"format": "pt"})
     encoder.vocabulary.save(str(folder / "tokenizer.json"))
 
 

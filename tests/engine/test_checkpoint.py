@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from bitgen_cli.engine import checkpoint as checkpoint_module
-from bitgen_cli.engine.checkpoint import Checkpoint, RunFolder, save_tensors
+from bitgen_cli.engine import tensors as tensors_module
+from bitgen_cli.engine.checkpoint import Checkpoint, RunFolder
+from bitgen_cli.engine.tensors import save_tensors
 from bitgen_cli.errors import ExitCode, InputError, ResourceError, UsageError
 from bitgen_cli.report import Silent
 
@@ -89,7 +90,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint_module, "save_file", full)
+    monkeypatch.setattr(tensors_module, "save_file", full)
     with pytest.raises(ResourceError, match="no space left") as caught:
         run.save(state_at(2), keep_last=1)
     assert caught.value.exit_code == ExitCode.RESOURCES

@@ -1,0 +1,40 @@
+"""Writing safetensors files, so that a full disk is told like for any other file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    dtype: torch.dtype | None = None,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file.
+
+    Args:
+        tensors: by name, on any device.
+        file: to write.
+        dtype: number type of the stored tensors; None keeps each one's own.
+        metadata: stored in the file's header.
+
+    Raises:
+        OSError: as for any other file; safetensors has an error of its own for a full disk.
+    """
+    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(stored, file, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(file)) from error
