@@ -68,7 +68,9 @@ def psnr(image: Tensor, other: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)
 def _gaussian(size: int, sigma: float) -> Tensor:
+    """The window (size,), kept: made as an ordinary tensor, so that a later training may use it too."""
     offsets = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
     window = torch.exp(-offsets.square() / (2 * sigma**2))
     return window / window.sum()

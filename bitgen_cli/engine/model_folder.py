@@ -57,10 +57,12 @@ class Model:
 def find_model(name: str) -> Path:
     """The folder of a model: `demo` is the built-in one; else a model folder, or a run folder that left one.
 
+    A folder of yours that is called demo is named ./demo.
+
     Raises:
         InputError: there is none.
     """
-    if name == BUILT_IN and not Path(name).is_dir():
+    if name == BUILT_IN:
         return Path(__file__).parent.parent / "demo" / "model"
     folder = Path(name)
     for candidate in (folder / "model", folder):

@@ -206,9 +206,9 @@ def generate(
     Args: as `draw_bits`; `tokenizer` decodes.
 
     Returns:
-        Images (B, 3, height, width) uint8 RGB, truncated as published, and the bits they came from.
+        Images (B, 3, height, width) float32 RGB in [-1, 1], and the bits they came from.
     """
     drawn = draw_bits(transformer, text, schedule, plan, seeds, negative=negative, on_scale=on_scale)
     dtype = next(tokenizer.parameters()).dtype
-    image = tokenizer.decode(drawn.total.to(dtype)).float()
-    return ((image + 1) / 2 * 255).to(torch.uint8), drawn
+    image = tokenizer.decode(drawn.total.to(dtype))
+    return image.float(), drawn

@@ -130,7 +130,7 @@ class TransformerStage:
         seeds = range(len(captions))
         drawn, _ = generate(self.module.transformer, self.tokenizer, text, scales, steps, seeds)
         with atomic_path(file) as temporary:
-            both = torch.cat((to_uint8(stored).cpu(), drawn.cpu()))
+            both = to_uint8(torch.cat((stored.float(), drawn))).cpu()
             grid(both, len(captions)).save(temporary, format="PNG")
         write_text(file.with_name("captions.txt"), "\n".join(captions) + "\n")
 

@@ -18,9 +18,9 @@ from PIL import Image, PngImagePlugin
 
 from bitgen_cli import __version__
 from bitgen_cli.config import SamplingConfig
-from bitgen_cli.engine.data import grid, to_pil, to_tensor
+from bitgen_cli.engine.data import grid, to_pil, to_tensor, to_uint8
 from bitgen_cli.engine.device import keep_freed_memory, pick_device, pick_dtype
-from bitgen_cli.engine.model_folder import Model, find_model, load_model
+from bitgen_cli.engine.model_folder import Model, find_model, load_model, read_model_config
 from bitgen_cli.engine.sampling import generate, plan
 from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
 from bitgen_cli.engine.text import TextEncoder
@@ -334,8 +334,8 @@ def _schedule(options: SampleOptions, model: Model) -> Schedule:
 def _load(options: SampleOptions) -> _Parts:
     device = pick_device(options.device)
     folder = find_model(options.model)
-    model = load_model(folder, device=device, dtype=torch.float32, parts=())
-    small = device.type == "cpu" and model.config.transformer.width < SMALL_WIDTH
+    config, _, _ = read_model_config(folder)
+    small = device.type == "cpu" and config.transformer.width < SMALL_WIDTH
     dtype = torch.float32 if options.dtype == "auto" and small else pick_dtype(options.dtype, device)
     model = load_model(folder, device=device, dtype=dtype)
     if model.transformer is None or model.tokenizer is None or model.text_encoder is None:
@@ -370,7 +370,7 @@ def _draw(jobs: Sequence[_Job], parts: _Parts, task: Task) -> list[Image.Image]:
         negative=parts.text_encoder.encode(negatives) if negatives else None,
         on_scale=lambda scale: task.status(f"scale {scale + 1} of {len(first.schedule)}"),
     )
-    return [to_pil(image) for image in images]
+    return [to_pil(image) for image in to_uint8(images)]
 
 
 # -- writing -----------------------------------------------------------------------------------------------------

@@ -127,7 +127,8 @@ class Painter:
         for first in range(0, len(scenes), BATCH):
             text = model.text_encoder.encode([str(scene) for scene in scenes[first : first + BATCH]])
             some = seeds[first : first + BATCH]
-            parts.append(generate(model.transformer, model.tokenizer, text, self.schedule, chosen, some)[0])
+            images, _ = generate(model.transformer, model.tokenizer, text, self.schedule, chosen, some)
+            parts.append(to_uint8(images))
         return torch.cat(parts)
 
 

@@ -31,8 +31,8 @@ from bitgen_cli.presets import resolve
 PROMPT_LENGTH = 20
 GUIDANCE = 3.0
 GOALS = {torch.float32: 1.5, torch.bfloat16: 2.5}
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""Greatest difference allowed, as a share of the greatest value."""
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Difference allowed, root mean square as a share of the value's: the plain decoder in bfloat16 is itself 0.035 off."""
 
 
 def heads_first(x: Tensor, heads: int) -> Tensor:
@@ -158,8 +158,8 @@ def best(repeat: int, function: Callable[[], object]) -> float:
 
 
 def difference(ours: Tensor, plain: Tensor) -> float:
-    """Greatest difference as a share of the greatest value."""
-    return ((ours.float() - plain).abs().max() / plain.abs().max()).item()
+    """Root mean square of the difference as a share of the plain values'."""
+    return ((ours.float() - plain).square().mean() / plain.square().mean()).sqrt().item()
 
 
 def main() -> None:

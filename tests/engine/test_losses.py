@@ -10,7 +10,7 @@ import torch
 
 from bitgen_cli.config import OptimizerConfig, TransformerTraining
 from bitgen_cli.engine import scales
-from bitgen_cli.engine.losses import bit_entropy, bit_loss, position_weights, psnr, ssim
+from bitgen_cli.engine.losses import _gaussian, bit_entropy, bit_loss, position_weights, psnr, ssim
 
 
 def test_undecided_logits_cost_log_two() -> None:
@@ -40,6 +40,17 @@ def test_psnr_and_ssim() -> None:
     assert psnr(image, image + 0.02).tolist() == pytest.approx([40.0, 40.0], abs=1e-3)
     assert ssim(image, image).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
     assert ssim(image, -image).max() < 0
+
+
+def test_ssim_can_be_trained_after_it_was_measured() -> None:
+    _gaussian.cache_clear()
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        ssim(image, image)
+    other = (image * 0.5).requires_grad_()
+    ssim(image, other).mean().backward()
+    assert other.grad is not None
+    assert other.grad.abs().max() > 0
 
 
 def test_bit_entropy_tells_sure_and_varied_bits() -> None:

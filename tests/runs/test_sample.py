@@ -211,6 +211,13 @@ def test_missing_corrupt_and_foreign_models(model: str, tmp_path: Path) -> None:
         draw(str(broken), "a dog")
 
 
+def test_demo_is_the_built_in_model_whatever_lies_here() -> None:
+    Path("demo").mkdir()
+    assert model_folder.find_model("demo").joinpath("transformer.safetensors").is_file()
+    with pytest.raises(InputError, match="holds no model"):
+        model_folder.find_model("./demo")
+
+
 def test_a_full_disk_leaves_no_half_picture(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
