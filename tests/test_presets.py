@@ -23,7 +23,7 @@ PARAMETERS = {
     "16bit": (109_970_579, 125_148_800),
     "32bit": (110_118_051, 125_185_696),
     "64bit": (110_412_995, 125_259_488),
-    "demo": (3_357_427, 4_031_640),
+    "demo": (1_280_467, 4_022_392),
     "infinity-2b": (110_118_051, 2_204_564_032),
     "infinity-8b": (81_624_209, 8_375_791_824),
     "layer16": (110_118_051, 361_633_792),
@@ -135,7 +135,7 @@ def test_nothing_given() -> None:
 def test_each_layer_wins_over_those_below(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     key, name = "training.transformer.batch_size", "BITGEN_TRAINING__TRANSFORMER__BATCH_SIZE"
-    layers = [("preset demo", 64)]
+    layers = [("preset demo", 16)]
     given = resolve("demo", environment={})
     file.write_text("training: {transformer: {batch_size: 2}}")
     layers.append((f"file {file}", 2))

@@ -356,7 +356,7 @@ def robot(pen: Pen, paint: Paint, sway: float) -> None:
 @_object
 def rocket(pen: Pen, paint: Paint, sway: float) -> None:
     """Upright, with fins, a porthole and a flame; `sway` moves the flame."""
-    pen.polygon([(-0.2, 0.56), (0.1 * sway, 1.08), (0.2, 0.56)], (255, 172, 30))
+    pen.polygon([(-0.2, 0.56), (0.1 * sway, 0.98), (0.2, 0.56)], (255, 172, 30))
     pen.polygon([(-0.3, 0.06), (-0.72, 0.78), (-0.26, 0.62)], paint.shade)
     pen.polygon([(0.3, 0.06), (0.72, 0.78), (0.26, 0.62)], paint.shade)
     hull = [(0, -1.02), (-0.24, -0.72), (-0.37, -0.3), (-0.37, 0.3), (-0.26, 0.66)]
@@ -692,7 +692,9 @@ def caption(scene: Scene, rng: random.Random) -> str:
     else:
         text = f"{thing} {phrase}"
     if rng.random() < 0.25:
-        text = f"{rng.choice(PREFIXES)} {text}"
+        prefix = rng.choice(PREFIXES)
+        if text.startswith(("a ", "an ", "the ", "one ")):
+            text = f"{prefix} {text}"
     return _finish(text, rng)
 
 

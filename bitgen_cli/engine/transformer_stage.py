@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from bitgen_cli.engine.text import TextEncoder
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.trainer import chunks, grouped, split
 from bitgen_cli.engine.transformer import TextFeatures, Transformer
-from bitgen_cli.errors import UsageError
+from bitgen_cli.errors import ResourceError, UsageError
 from bitgen_cli.files import atomic_path, write_text
 
 GRID_COLUMNS = 8
@@ -58,6 +60,7 @@ class TransformerStage:
 
     Raises:
         UsageError: the store's scales are not the model's, or it has no latents and flips are asked for.
+        ResourceError: compilation is asked for where there is no compiler.
     """
 
     def __init__(
@@ -81,6 +84,8 @@ class TransformerStage:
         self.text_encoder = text_encoder.to(device).requires_grad_(False)
         self.text_is_trained = config.model.text_encoder.source == "new"
         transformer.checkpoint_activations = training.checkpoint_activations
+        if training.compile:
+            _compile(transformer, device)
         self.module = Trained(transformer.to(device), self.text_encoder if self.text_is_trained else None)
         self._require_fit()
         trained, held_out = split(len(store), training.validation_images, training.seed)
@@ -215,6 +220,22 @@ class TransformerStage:
                     "tokenize again with this configuration's tokenizer and scales",
                 )
             plan(self.config.sampling, len(own))
+
+
+def _compile(transformer: Transformer, device: torch.device) -> None:
+    """Compiles the blocks' teacher-forced pass; sampling's steps stay as they are.
+
+    Raises:
+        ResourceError: there is no compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ResourceError(
+            f"there is no C++ compiler {compiler}, which torch.compile needs",
+            "install one, or set training.transformer.compile=false",
+        )
+    for block in transformer.blocks:
+        block.compile()
 
 
 def _attention(device: torch.device, precision: str, scales: Schedule) -> AbstractContextManager[None]:

@@ -246,10 +246,8 @@ def text_encoder_for(config: Config, folder: Path | None, captions: list[str], s
 
 def _first_tokenizer(config: Config, init: str | None) -> Tokenizer:
     """A tokenizer with fresh weights, or with those of a model of the same geometry."""
-    seed = recipe(config, TOKENIZER).seed
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokenizer = Tokenizer(config.model.tokenizer)
+    tokenizer = Tokenizer(config.model.tokenizer)
+    tokenizer.autoencoder.initialise(torch.Generator().manual_seed(recipe(config, TOKENIZER).seed))
     if init is not None:
         folder = find_model(init)
         _require_tokenizer(config, folder)

@@ -90,6 +90,14 @@ def test_words_are_there_for_everything() -> None:
         assert len(given) == len(set(given))
 
 
+def test_a_prefix_is_followed_by_an_article() -> None:
+    captions = [world.caption_at(index) for index in range(2000)]
+    prefixed = [caption for caption in captions if caption.lower().startswith(world.PREFIXES)]
+    assert len(prefixed) > 200
+    for caption in prefixed:
+        assert re.match(r"(a|an) \w+ of (a|an|the|one) ", caption.lower()), caption
+
+
 def test_captions_name_the_class_and_nothing_that_is_not_there() -> None:
     every = {word: name for name, words in world.CLASS_WORDS.items() for word in words}
     hues = {word: name for name, words in world.COLOUR_WORDS.items() for word in words}

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bitgen_cli.engine.model_folder import find_model
+
 
 def bitgen(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bitgen_cli", *arguments]
@@ -53,3 +55,8 @@ def test_mistakes_are_one_line_and_a_code(tmp_path: Path, arguments: list[str], 
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_the_built_in_model_is_small() -> None:
+    files = [file for file in find_model("demo").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 12_000_000

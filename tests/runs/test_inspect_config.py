@@ -129,12 +129,12 @@ def test_tables_of_a_preset() -> None:
         "Memory for sampling one picture of 64x64 with guidance",
         "Memory for training",
     ]
-    assert rows(result, "Scales")["3"] == ["4x4", "16", "30", "512"]
-    assert rows(result, "One picture")["Bits per pixel"] == ["0.234"]
-    assert rows(result, "Parameters")["Transformer"] == ["4,031,640", "4.0 M"]
+    assert rows(result, "Scales")["3"] == ["8x8", "64", "85", "1,024"]
+    assert rows(result, "One picture")["Bits per pixel"] == ["0.332"]
+    assert rows(result, "Parameters")["Transformer"] == ["4,022,392", "4.0 M"]
     assert rows(result, "Memory for sampling")["Keys and values of all positions"] == [
-        "540.0 KiB",
-        "270.0 KiB",
+        "1.5 MiB",
+        "765.0 KiB",
     ]
 
 
