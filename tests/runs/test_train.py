@@ -196,12 +196,12 @@ def test_the_tokenizer_learns_and_leaves_a_model(tmp_path: Path) -> None:
 
 
 def test_the_transformer_learns_and_leaves_a_model_with_its_tokenizer(world: World, tmp_path: Path) -> None:
-    options = options_for("transformer", world, tmp_path / "run", steps=80, accumulation=1, validate_every=20)
+    options = options_for("transformer", world, tmp_path / "run", steps=160, accumulation=1, validate_every=40)
     result = train(options, Silent())
     lines = measured(tmp_path / "run")
     assert {f"bit_accuracy/{k}" for k in range(3)} | {"epoch", "learning_rate", "grad_norm"} <= set(lines[0])
     validations = [line for line in lines if "val_loss" in line]
-    assert validations[-1]["val_loss"] < 0.9 * lines[0]["loss"]
+    assert validations[-1]["val_loss"] < 0.85 * lines[0]["loss"]
     assert validations[-1]["val_bit_accuracy/2"] > 0.5
     model = load_model(result.model)
     assert model.transformer is not None
@@ -257,11 +257,12 @@ def test_a_store_without_latents_trains_without_flips_alone(world: World, tmp_pa
     assert not (tmp_path / "refused").exists()
     train(options(tmp_path / "plain", flip_strength=0), Silent())
 
-    # bits and latents of one picture say the same, but for bits whose residual bfloat16 rounds across zero: without
-    # flips both stores give nearly the same losses
+    # without flips both stores give the same losses. Where latents are kept, the bits are those of the kept bfloat16
+    # latent, so 4 of 6720 bits differ here; the gradient's norm shows that more than the losses do
     train(options_for("transformer", world, tmp_path / "latents", steps=2, flip_strength=0), Silent())
     for ours, theirs in zip(measured(tmp_path / "plain"), measured(tmp_path / "latents"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-2)
+        assert ours.pop("grad_norm", 0) == pytest.approx(theirs.pop("grad_norm", 0), rel=1e-2)
+        assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 def test_a_store_of_another_tokenizer_is_refused(world: World, tmp_path: Path) -> None:
