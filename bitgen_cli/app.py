@@ -48,6 +48,7 @@ app = typer.Typer(
 )
 
 _DRAWING, _OUTPUT, _COMPUTING, _CONFIGURING = "Drawing", "Output", "Computing", "Configuration"
+_LEARNING = "Learning"
 
 
 def _option(
@@ -174,6 +175,15 @@ def sample(
         _option("W:H", "Shape of the picture, for example 16:9.", _DRAWING),
     ] = None,
     resolution: Resolution = None,
+    subjects: Annotated[
+        list[str] | None,
+        _option(
+            "SUBJECT",
+            "A learned subject: NAME or FILE, and :SCALE. Those named in the prompt are found anyway.",
+            _DRAWING,
+            ("--subject",),
+        ),
+    ] = None,
     output: Annotated[
         str | None,
         _option(
@@ -225,6 +235,7 @@ def sample(
         negative_prompt=negative_prompt,
         aspect=aspect,
         resolution=resolution,
+        subjects=tuple(subjects or ()),
         output=output,
         grid=grid,
         metadata=not no_metadata,
@@ -357,6 +368,168 @@ def train(
         console.show_training(result)
 
 
+@app.command("finetune-subject", cls=_Command)
+def finetune_subject(
+    photos: Annotated[
+        Path | None,
+        typer.Argument(metavar="PHOTOS", help="Folder with 3 to 5 photos of one thing.", show_default=False),
+    ] = None,
+    class_word: Annotated[
+        str | None, _option("WORD", "What kind of thing it is, for example dog.", names=("--class",))
+    ] = None,
+    token: Annotated[str, _option("TOKEN", "What prompts call it.")] = "[V]",
+    name: Annotated[str | None, _option("NAME", "Keep it under this name; without one, the token's letters.")] = None,
+    model: Model = "demo",
+    out: Annotated[Path | None, _option("RUN", "Folder of the run; without one, ./subject-NAME.")] = None,
+    overwrite: Annotated[bool, _flag("--overwrite", "Replace a subject of the same name.")] = False,
+    merge: Annotated[
+        Path | None,
+        _option("FOLDER", "Also write a whole model with the subject in it; with --subject, that alone."),
+    ] = None,
+    subject: Annotated[str | None, _option("SUBJECT", "A learned subject, NAME or FILE, to --merge.")] = None,
+    train: Annotated[
+        list[str] | None,
+        _option("PARTS", "What learns: token, text, cross, ffn, self, lora, all; several with commas.", _LEARNING),
+    ] = None,
+    prior: Annotated[
+        str | None,
+        _option("KIND", "What keeps the class: images, distill or none.", _LEARNING),
+    ] = None,
+    prior_weight: Annotated[float | None, _option("WEIGHT", "Weight of the class's loss.", _LEARNING)] = None,
+    priors: Annotated[
+        Path | None,
+        _option("FOLDER", "Class pictures, yours or made by gen-priors; missing ones are made.", _LEARNING),
+    ] = None,
+    flip: Annotated[
+        bool | None,
+        _flag("--flip/--no-flip", "Also learn from mirrored photos; wrong where left and right differ.", _LEARNING),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        _option("PRESET", "Take this preset's recipe.", _CONFIGURING),
+    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    steps: Annotated[int | None, _option("N", "Optimizer steps.", _CONFIGURING, least=1)] = None,
+    seed: Annotated[int | None, _option("SEED", "Of everything random.", _CONFIGURING)] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Teach the model one thing from a few photos, to draw it with a token such as [V].
+
+    Ctrl-C finishes the step and saves; `bitgen resume` continues.
+    """
+    from bitgen_cli import console
+
+    if subject is not None and merge is not None and photos is None:
+        from bitgen_cli.runs.finetune_subject import merge_subject
+
+        with console.ConsoleReport() as report:
+            folder = merge_subject(subject, model, merge, report)
+        console.show_json({"merged": str(folder)}) if as_json else print(folder)
+        return
+    if subject is not None:
+        raise UsageError("--subject goes with --merge alone", "photos teach a new subject, without --subject")
+    if photos is None or class_word is None:
+        missing = "no photos" if photos is None else "no --class"
+        raise UsageError(missing, "for example: bitgen finetune-subject ./photos --class dog")
+
+    from bitgen_cli.runs.finetune_subject import SubjectOptions
+    from bitgen_cli.runs.finetune_subject import finetune_subject as learn
+
+    parts = None if train is None else [part.strip() for some in train for part in some.split(",")]
+    given = {
+        "train": parts,
+        "prior": prior,
+        "prior_weight": prior_weight,
+        "flip": flip,
+        "steps": steps,
+        "seed": seed,
+    }
+    options = SubjectOptions(
+        photos=photos,
+        class_word=class_word,
+        token=token,
+        name=name,
+        model=model,
+        out=out,
+        priors=priors,
+        preset=preset,
+        config_file=config,
+        overrides=tuple(overrides or ()),
+        flags={f"training.subject.{key}": value for key, value in given.items() if value is not None},
+        merge=merge,
+        overwrite=overwrite,
+        device=device,
+    )
+    with console.ConsoleReport() as report:
+        result = learn(options, report)
+    if as_json:
+        console.show_json(result.to_json())
+    else:
+        console.show_subject(result)
+
+
+@app.command("gen-priors", cls=_Command)
+def gen_priors(
+    class_word: Annotated[str, _option("WORD", "What the pictures show, for example dog.", names=("--class",))],
+    count: Annotated[int, _option("N", "Pictures there are to be; your own in the folder count too.", least=1)] = 64,
+    model: Model = "demo",
+    templates: Annotated[
+        list[str] | None,
+        _option(
+            "TEXT",
+            "A prompt with {class} in it; repeated, they take turns. Without one, those of finetune-subject.",
+            names=("--template",),
+        ),
+    ] = None,
+    seed: Annotated[int, _option("SEED", "Of the first picture; the next ones count up.", least=0)] = 0,
+    output: Annotated[
+        Path | None,
+        _option(
+            "FOLDER",
+            "Their folder; without one, they are kept where finetune-subject finds them.",
+            _OUTPUT,
+            ("--output", "-o"),
+        ),
+    ] = None,
+    as_json: Json = False,
+    batch_size: Annotated[
+        int | None,
+        _option("N", "Pictures drawn at once; no influence on them.", _COMPUTING, least=1),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overrides: Overrides = None,
+) -> None:
+    """Draw pictures of a class, which keep the class while a subject is learned.
+
+    What is there already is reused. Started again, it goes on where it stopped.
+    """
+    from bitgen_cli import console
+    from bitgen_cli.runs.gen_priors import TEMPLATES, PriorOptions
+    from bitgen_cli.runs.gen_priors import gen_priors as draw
+
+    options = PriorOptions(
+        class_word=class_word,
+        count=count,
+        model=model,
+        output=output,
+        templates=tuple(templates or TEMPLATES),
+        seed=seed,
+        batch_size=batch_size,
+        overrides=tuple(overrides or ()),
+        device=device,
+        dtype=dtype,
+    )
+    with console.ConsoleReport() as report:
+        result = draw(options, report)
+    if as_json:
+        console.show_json(result.to_json())
+    else:
+        console.show_priors(result)
+
+
 @app.command(cls=_Command)
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
@@ -369,12 +542,15 @@ def resume(
 ) -> None:
     """Continue a training from its last checkpoint, as if it had never stopped."""
     from bitgen_cli import console
+    from bitgen_cli.runs.finetune_subject import SubjectResult
     from bitgen_cli.runs.resume import resume as go_on
 
     with console.ConsoleReport() as report:
         result = go_on(run, report, steps=steps, device=device)
     if as_json:
         console.show_json(result.to_json())
+    elif isinstance(result, SubjectResult):
+        console.show_subject(result)
     else:
         console.show_training(result)
 

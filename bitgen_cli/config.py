@@ -355,13 +355,17 @@ class TokenizerTraining(LoopConfig):
     )
 
 
+ScaleWeighting = Literal["positions", "published", "scales"]
+_SCALE_WEIGHTING = (
+    "weight of a position: the same everywhere; as published, 1 / sqrt(h w) of its scale; or 1 / (h w), so that all "
+    "scales weigh the same and coarse ones count most"
+)
+
+
 class TransformerTraining(LoopConfig):
     """Stage `transformer`: bitwise cross-entropy over all scales (INFINITY_FORMAT section 6)."""
 
-    scale_weighting: Literal["positions", "published"] = Field(
-        default="published",
-        description="token weights: equal, or as published proportional to 1 / sqrt(h w) of their scale",
-    )
+    scale_weighting: ScaleWeighting = Field(default="published", description=_SCALE_WEIGHTING)
     bit_loss: Literal["mean", "sum"] = Field(default="mean", description="over the bits of a position")
     compile: bool = Field(
         default=False,
@@ -378,11 +382,90 @@ class TransformerTraining(LoopConfig):
     checkpoint_activations: bool = False
 
 
+SubjectPart = Literal["token", "text", "cross", "ffn", "self", "lora", "all"]
+LoraLayer = Literal["cross", "ffn", "self"]
+
+
+class SubjectTraining(LoopConfig):
+    """Stage `subject`: one subject from a few photos (DreamBooth, arXiv 2208.12242), for a bitwise model."""
+
+    steps: PositiveInt = Field(default=400, description="optimizer steps")
+    batch_size: PositiveInt = Field(default=1, description="photos per micro-batch; as many class samples join them")
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, weight_decay=0.0, clip_norm=1.0, warmup_steps=10)
+    validate_every: PositiveInt = Field(default=100, description="steps between looks at the drift")
+    validation_images: NonNegativeInt = Field(default=16, description="pictures per prompt set that drift is told by")
+    sample_every: NonNegativeInt = Field(default=100, description="steps between picture grids; 0 draws none")
+    save_every: PositiveInt = 100
+    export_precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp16", description="number type of the subject file"
+    )
+    train: Annotated[list[SubjectPart], Field(min_length=1)] = Field(
+        default=["token", "cross", "ffn"], description="what learns the subject; everything else is frozen"
+    )
+    token_learning_rate: PositiveFloat = Field(default=1e-3, description="the peak for the token's embedding")
+    lora_rank: PositiveInt = 16
+    lora_alpha: PositiveFloat = Field(default=16.0, description="the adapter is scaled by lora_alpha / lora_rank")
+    lora_layers: Annotated[list[LoraLayer], Field(min_length=1)] = Field(default=["cross", "ffn"])
+    prior: Literal["images", "distill", "none"] = Field(
+        default="images", description="what keeps the class: pictures of the base model, its bit distributions, nothing"
+    )
+    prior_weight: NonNegativeFloat = Field(default=1.0, description="weight of the class's loss")
+    prior_images: PositiveInt = Field(default=64, description="class samples of the base model")
+    photo_templates: Annotated[list[str], Field(min_length=1)] = Field(
+        default=["a {subject}", "a photo of a {subject}", "one {subject}", "the {subject}"],
+        description="captions of photos without one of their own; {subject} is the token and the class",
+    )
+    prior_templates: Annotated[list[str], Field(min_length=1)] = Field(
+        default=["a {class}", "a photo of a {class}", "one {class}", "the {class}"],
+        description="prompts of the class samples",
+    )
+    buckets: bool = Field(
+        default=False, description="give each photo the aspect ratio nearest to its own; otherwise all are square"
+    )
+    views: PositiveInt = Field(default=8, description="crops of each photo that are learned from")
+    crop: BelowOne = Field(default=0.1, description="share of a photo's side that a crop may leave out")
+    flip: bool = Field(default=False, description="mirror half of the crops; wrong for subjects whose sides differ")
+    scale_weighting: ScaleWeighting = Field(default="scales", description=_SCALE_WEIGHTING)
+    bit_loss: Literal["mean", "sum"] = Field(default="mean", description="over the bits of a position")
+    flip_strength: Fraction = Field(
+        default=0.1, description="self-correction: bits flip with up to this probability"
+    )
+    flip_scales: NonNegativeInt = Field(default=13, description="scales that get flips")
+    caption_dropout: Fraction = Field(
+        default=0.1, description="share of class captions replaced by the unconditional one"
+    )
+    unrelated_prompts: Annotated[list[str], Field(min_length=1)] = Field(
+        default=[
+            "a house in the snow",
+            "a red car on the road",
+            "a tree on the grass",
+            "a blue boat by the sea",
+            "a white cat in a room",
+            "a yellow flower in a meadow",
+            "a green robot in the city",
+            "an orange fish underwater",
+        ],
+        description="prompts that have nothing to do with the subject; their pictures show the drift",
+    )
+    checkpoint_activations: bool = False
+
+    @model_validator(mode="after")
+    def _templates(self) -> SubjectTraining:
+        problems = {}
+        for key, field in (("photo_templates", "{subject}"), ("prior_templates", "{class}")):
+            wrong = [template for template in getattr(self, key) if field not in template]
+            if wrong:
+                problems[key] = f"{wrong[0]!r} must contain {field}"
+        self._refuse(problems)
+        return self
+
+
 class TrainingConfig(Section):
-    """Recipes of the two stages; a preset may carry one or both."""
+    """Recipes of the stages; a preset may carry some or all."""
 
     tokenizer: TokenizerTraining | None = None
     transformer: TransformerTraining | None = None
+    subject: SubjectTraining | None = None
 
 
 class Config(Section):

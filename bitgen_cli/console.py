@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from bitgen_cli.report import Table, Task
+    from bitgen_cli.runs.finetune_subject import SubjectResult
+    from bitgen_cli.runs.gen_priors import PriorResult
     from bitgen_cli.runs.sample import SampleResult
     from bitgen_cli.runs.tokenize import TokenizeResult
     from bitgen_cli.runs.train import TrainResult
@@ -372,6 +374,46 @@ def show_training(result: TrainResult) -> None:
         facts["held-out bit accuracy"] = " ".join(f"{100 * value:.1f}" for value in scales) + " % per scale"
     facts["took"] = duration(result.seconds)
     _show_facts(facts)
+
+
+def show_priors(result: PriorResult) -> None:
+    """Prints what a folder of class pictures holds to stdout."""
+    counts = {"new": result.made, "reused": result.reused, "your own": result.own}
+    told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    facts = {"folder": str(result.folder), "class": result.class_word}
+    facts["pictures"] = f"{len(result.pictures)} ({told})"
+    facts["took"] = duration(result.seconds)
+    _show_facts(facts)
+
+
+def show_subject(result: SubjectResult) -> None:
+    """Prints a learned subject and its drift report to stdout, and on a terminal what to type next."""
+    from bitgen_cli.report import Table
+
+    facts = {
+        "subject": f"{result.name}, a {result.class_word} called {result.token}",
+        "file": str(result.file),
+        "run": str(result.run),
+        "steps": str(result.steps),
+    }
+    seen = result.validation
+    for label, key in (("photos, loss", "val_subject_loss"), ("class, loss", "val_prior_loss")):
+        if key in seen:
+            facts[label] = f"{seen[key]:.4f}"
+    if result.merged is not None:
+        facts["merged model"] = str(result.merged)
+    facts["took"] = duration(result.seconds)
+    _show_facts(facts)
+    rows = []
+    for label, name in ((result.phrase, "subject"), (f"{result.class_word}, no token", "class"), ("unrelated",) * 2):
+        if f"val_{name}_adherence" in seen:
+            kept = seen.get(f"val_{name}_agreement")
+            same = "" if kept is None else f"{100 * kept:.1f} %"
+            rows.append([label, same, f"{100 * seen[f'val_{name}_adherence']:.0f} %"])
+    if rows:
+        print()
+        show_tables([Table("drift from the base model", ["pictures", "bits unchanged", "prompt adherence"], rows)])
+    _print_error_line(f'draw it with: bitgen sample "a {result.phrase} on the moon"')
 
 
 def show_tables(tables: Sequence[Table]) -> None:

@@ -15,6 +15,16 @@ from bitgen_cli.errors import BitgenError, InputError, ResourceError
 
 PARTIAL = ".partial"
 """Suffix of what is being written; such files are never read and may be deleted."""
+HOME = "BITGEN_HOME"
+"""Environment variable: another folder for what bitgen keeps of the user."""
+
+
+def data_folder() -> Path:
+    """Where what a user makes is kept by name: subjects and class pictures. BITGEN_HOME moves it."""
+    import platformdirs
+
+    home = os.environ.get(HOME)
+    return Path(home).expanduser() if home else Path(platformdirs.user_data_dir("bitgen", appauthor=False))
 
 
 def explain(error: OSError, path: Path, doing: str) -> BitgenError:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from bitgen_cli.config import Config, Section
+from bitgen_cli.config import Config, ModelConfig, Section
 from bitgen_cli.config_keys import flatten, known_keys, nearest, problems, section_of, show
 from bitgen_cli.errors import ConfigError, UsageError
 from bitgen_cli.files import explain
@@ -125,6 +125,54 @@ def resolve_stored(
     layers.add(stored, lambda key: _Source(origins.get(key, where), where))
     layers.add_overrides(overrides)
     return layers.validated(where)
+
+
+def resolve_for_model(
+    stored: Mapping[str, Any],
+    stage: str,
+    *,
+    where: str,
+    preset: str | None = None,
+    config_file: Path | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] = _NO_FLAGS,
+    environment: Mapping[str, str] | None = None,
+) -> Resolved:
+    """The configuration of a model that exists, with a recipe to train it further.
+
+    The model's own values lie lowest, then the recipe of one stage in a preset, then all layers of `resolve`.
+
+    Args:
+        stored: name, model and sampling of the model, and an empty recipe of the stage.
+        stage: whose recipe the preset gives.
+        where: names the model.
+        preset: its name; None takes the defaults.
+        config_file, overrides, flags, environment: as in `resolve`.
+
+    Raises:
+        ConfigError: values or keys are wrong; carries every problem.
+        UsageError: an unknown preset, a file that is not YAML, or a value that would change the model.
+        InputError: a file cannot be read.
+    """
+    layers = _Layers()
+    layers.add(stored, lambda _: _Source(where, where))
+    for file in [] if preset is None else _chain(preset):
+        recipe = file.values.get("training", {}).get(stage)
+        if recipe is not None:
+            only = _File(file.path, None, {"training": {stage: recipe}}, file.lines, file.problems)
+            layers.add_file(only, f"preset {file.path.stem}")
+    if config_file is not None:
+        layers.add_file(_read(config_file), f"file {config_file}")
+    layers.add_environment(os.environ if environment is None else environment)
+    for key, value in flags.items():
+        if value is not None:
+            layers.add_key(key, value, f"flag --{key.rpartition('.')[2].replace('_', '-')}")
+    layers.add_overrides(overrides)
+    resolved = layers.validated(where)
+    if resolved.config.model != ModelConfig.model_validate(stored["model"]):
+        changed = sorted(k for k, o in resolved.origins.items() if k.startswith("model.") and o not in (where, DEFAULT))
+        raise UsageError(f"{where} exists: {', '.join(changed)} cannot be changed", "set training and sampling alone")
+    return resolved
 
 
 @dataclass(frozen=True)

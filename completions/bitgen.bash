@@ -28,6 +28,7 @@ _bitgen() {
         'sample --negative-prompt') words='' paths= ;;
         'sample --aspect') words='' paths= ;;
         'sample --resolution') words='0.06M 0.25M 0.60M 1M' paths= ;;
+        'sample --subject') words='' paths=files ;;
         'sample --output'|'sample -o') words='' paths=files ;;
         'sample --batch-size') words='' paths= ;;
         'sample --device') words='auto cpu cuda mps' paths= ;;
@@ -51,16 +52,45 @@ _bitgen() {
         'train --batch-size') words='' paths= ;;
         'train --seed') words='' paths= ;;
         'train --device') words='auto cpu cuda mps' paths= ;;
+        'finetune-subject --class') words='' paths= ;;
+        'finetune-subject --token') words='' paths= ;;
+        'finetune-subject --name') words='' paths= ;;
+        'finetune-subject --model') words='demo' paths=folders ;;
+        'finetune-subject --out') words='' paths=folders ;;
+        'finetune-subject --merge') words='' paths=folders ;;
+        'finetune-subject --subject') words='' paths=files ;;
+        'finetune-subject --train') words='token text cross ffn self lora all' paths= ;;
+        'finetune-subject --prior') words='images distill none' paths= ;;
+        'finetune-subject --prior-weight') words='' paths= ;;
+        'finetune-subject --priors') words='' paths=folders ;;
+        'finetune-subject --preset') words='16bit 32bit 64bit demo infinity-2b infinity-8b layer16 layer24 layer32 layer40 layer48' paths= ;;
+        'finetune-subject --config') words='' paths=files ;;
+        'finetune-subject --set') words='' paths= ;;
+        'finetune-subject --steps') words='' paths= ;;
+        'finetune-subject --seed') words='' paths= ;;
+        'finetune-subject --device') words='auto cpu cuda mps' paths= ;;
+        'gen-priors --class') words='' paths= ;;
+        'gen-priors --count') words='' paths= ;;
+        'gen-priors --model') words='demo' paths=folders ;;
+        'gen-priors --template') words='' paths= ;;
+        'gen-priors --seed') words='' paths= ;;
+        'gen-priors --output'|'gen-priors -o') words='' paths=folders ;;
+        'gen-priors --batch-size') words='' paths= ;;
+        'gen-priors --device') words='auto cpu cuda mps' paths= ;;
+        'gen-priors --dtype') words='auto fp32 bf16 fp16' paths= ;;
+        'gen-priors --set') words='' paths= ;;
         'resume --steps') words='' paths= ;;
         'resume --device') words='auto cpu cuda mps' paths= ;;
         'inspect-config --config') words='' paths=files ;;
         'inspect-config --set') words='' paths= ;;
         *)
             case $command in
-                '') words='sample tokenize train resume inspect-config' options='--version --help -h' ;;
-                sample) words='' paths= options='--model --num-images -n --prompts --seed --cfg --cfg-layer --tau --top-k --top-p --greedy --negative-prompt --aspect --resolution --output -o --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --set --help -h' ;;
+                '') words='sample tokenize train finetune-subject gen-priors resume inspect-config' options='--version --help -h' ;;
+                sample) words='' paths= options='--model --num-images -n --prompts --seed --cfg --cfg-layer --tau --top-k --top-p --greedy --negative-prompt --aspect --resolution --subject --output -o --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --set --help -h' ;;
                 tokenize) words='' paths=folders options='--model --resolution --latents --no-latents --reconstruct --json --batch-size --workers --device --dtype --help -h' ;;
                 train) words='' paths= options='--data --out --preset --stage --init --config --set --steps --batch-size --seed --device --json --help -h' ;;
+                finetune-subject) words='' paths=folders options='--class --token --name --model --out --overwrite --merge --subject --train --prior --prior-weight --priors --flip --no-flip --preset --config --set --steps --seed --device --json --help -h' ;;
+                gen-priors) words='' paths= options='--class --count --model --template --seed --output -o --json --batch-size --device --dtype --set --help -h' ;;
                 resume) words='' paths=folders options='--steps --device --json --help -h' ;;
                 inspect-config) words='16bit 32bit 64bit demo infinity-2b infinity-8b layer16 layer24 layer32 layer40 layer48' paths=files options='--config --set --schema --json --help -h' ;;
             esac

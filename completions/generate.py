@@ -34,9 +34,8 @@ class Kind:
 def kinds() -> dict[str, Kind]:
     """What each metavar of bitgen_cli/app.py stands for."""
     presets = tuple(preset_names())
-    anything = {
-        name: Kind() for name in ("N", "P", "SEED", "NUMBERS", "TEXT", "W:H", "KEY=VALUE", "PROMPT...")
-    }
+    free = ("N", "P", "SEED", "NUMBERS", "TEXT", "W:H", "KEY=VALUE", "PROMPT...", "WORD", "TOKEN", "NAME", "WEIGHT")
+    anything = {name: Kind() for name in free}
     return anything | {
         "PRESET": Kind(presets),
         "TARGET": Kind(presets, "files"),
@@ -46,6 +45,11 @@ def kinds() -> dict[str, Kind]:
         "DATA": Kind(paths="folders"),
         "STORE": Kind(paths="folders"),
         "OUT": Kind(paths="folders"),
+        "FOLDER": Kind(paths="folders"),
+        "PHOTOS": Kind(paths="folders"),
+        "SUBJECT": Kind(paths="files"),
+        "PARTS": Kind(("token", "text", "cross", "ffn", "self", "lora", "all")),
+        "KIND": Kind(("images", "distill", "none")),
         "RUN": Kind(paths="folders"),
         "STAGE": Kind(("tokenizer", "transformer")),
         "DEVICE": Kind(("auto", "cpu", "cuda", "mps")),

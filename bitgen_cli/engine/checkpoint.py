@@ -7,7 +7,7 @@
     samples/                   picture grids
     checkpoints/step-0000500/  weights, averaged weights, optimizer; state.json is written last
     best/                      the checkpoint of the lowest validation loss
-    model/                     the model folder the run leaves
+    model/                     the model folder the run leaves; subject.safetensors where it learns a subject
 
 A checkpoint is written under a temporary name and renamed when it is whole; its state.json lists its files
 and their sizes. What does not match that list is half written and never used.
@@ -66,6 +66,11 @@ class RunFolder:
     def model(self) -> Path:
         """The model folder the run leaves."""
         return self.path / "model"
+
+    @property
+    def subject(self) -> Path:
+        """The subject file the run leaves."""
+        return self.path / "subject.safetensors"
 
     @property
     def start(self) -> Path:

@@ -79,10 +79,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer for sequences (B, L, channels), see `linear`."""
+    """A linear layer for sequences (B, L, channels), see `linear`.
+
+    Attributes:
+        adapter: what is added to its output, (B, L, in) to (B, L, out); None adds nothing (engine/lora.py).
+    """
+
+    adapter: nn.Module | None
+
+    def __init__(self, width: int, out: int, bias: bool = True) -> None:
+        super().__init__(width, out, bias)
+        self.register_module("adapter", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return self.biased(x, self.bias)
+
+    def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer with another bias than its own."""
+        y = linear(x, self.weight, bias)
+        return y if self.adapter is None else y + self.adapter(x).to(y.dtype)
 
 
 class KVCache:
@@ -126,7 +141,7 @@ class SelfAttention(nn.Module):
 
     def _qkv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        q, k, v = torch.unflatten(linear(x, self.qkv.weight, bias), -1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = torch.unflatten(self.qkv.biased(x, bias), -1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q = F.normalize(q, dim=-1) * self.log_scale.clamp_max(MAX_LOG_SCALE).exp().to(q.dtype)
         return rotate(q, rope).to(v.dtype), rotate(F.normalize(k, dim=-1), rope).to(v.dtype), v
 
@@ -212,10 +227,10 @@ class TextPool(nn.Module):
         return condition
 
 
-def _keys_values(text: Tensor, kv: nn.Linear, v_bias: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+def _keys_values(text: Tensor, kv: Linear, v_bias: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Keys (without bias) and values (with) of text (B, T, channels), each (B, N, T, E)."""
     bias = torch.cat((torch.zeros_like(v_bias), v_bias))
-    keys, values = torch.unflatten(linear(text, kv.weight, bias), -1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    keys, values = torch.unflatten(kv.biased(text, bias), -1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
     return keys, values
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitgen_cli.config import TokenizerTraining, TransformerTraining
+from bitgen_cli.config import SubjectTraining, TokenizerTraining, TransformerTraining
 from bitgen_cli.engine.scales import Schedule
 
 
@@ -21,16 +21,17 @@ def position_weights(schedule: Schedule, weighting: str) -> Tensor:
     """Weight (L,) of each position's loss, summing to 1.
 
     Args:
-        weighting: `positions` gives all the same; `published` 1 / sqrt(h w) of their scale (reweight_loss_by_scale).
+        weighting: `positions` gives all the same; `published` 1 / sqrt(h w) of their scale (reweight_loss_by_scale);
+            `scales` 1 / (h w), so that every scale weighs the same.
     """
-    counts = torch.tensor(schedule.counts)
-    per_scale = counts.float().rsqrt() if weighting == "published" else torch.ones(len(counts))
-    weights = per_scale.repeat_interleave(counts)
+    counts = torch.tensor(schedule.counts).float()
+    per_scale = counts ** {"positions": 0.0, "published": -0.5, "scales": -1.0}[weighting]
+    weights = per_scale.repeat_interleave(torch.tensor(schedule.counts))
     return weights / weights.sum()
 
 
 def bit_loss(
-    logits: Tensor, targets: Tensor, schedule: Schedule, config: TransformerTraining
+    logits: Tensor, targets: Tensor, schedule: Schedule, config: TransformerTraining | SubjectTraining
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bitwise cross-entropy and how well each scale is predicted.
 
@@ -59,6 +60,30 @@ def bit_loss(
         accuracy = torch.stack([right[s].mean() for s in schedule.slices])
         per_scale = torch.stack([nats[s].mean() for s in schedule.slices])
     return loss, accuracy, per_scale
+
+
+def distillation_loss(
+    logits: Tensor, margins: Tensor, schedule: Schedule, config: TransformerTraining | SubjectTraining
+) -> Tensor:
+    """How far a model's bit distributions are from those of its teacher: Kullback-Leibler divergence, 0 when equal.
+
+    Args:
+        logits: (B, L, 2K).
+        margins: (B, L, K) the teacher's logit of "bit = 1" minus that of "bit = 0".
+        schedule: the scales of L.
+        config: scale_weighting and bit_loss are used, as in `bit_loss`.
+
+    Returns:
+        Scalar, in nats.
+    """
+    pairs = torch.unflatten(logits.float(), -1, (-1, 2))
+    own = pairs[..., 1] - pairs[..., 0]
+    wanted = margins.float()
+    one = torch.sigmoid(wanted)
+    per_bit = F.softplus(own) - F.softplus(wanted) - one * (own - wanted)
+    weights = position_weights(schedule, config.scale_weighting).to(logits.device)
+    reduced = per_bit.mean(-1) if config.bit_loss == "mean" else per_bit.sum(-1)
+    return (reduced * weights).sum(-1).mean()
 
 
 def psnr(image: Tensor, other: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,3 +38,10 @@ def save_tensors(
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(file)) from error
+
+
+def stored_dtype(file: Path) -> torch.dtype:
+    """The number type of a safetensors file's first tensor; the file has been read before."""
+    with safe_open(str(file), framework="pt") as stored:
+        first: torch.dtype = stored.get_tensor(next(iter(stored.keys()))).dtype
+    return first

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Vocabulary
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
@@ -31,6 +31,9 @@ class TextEncoder(nn.Module):
         model: the encoder.
         vocabulary: text to token ids; adds </s> itself.
         max_length: longest prompt in tokens, </s> included; longer ones are cut.
+
+    Attributes:
+        rows: embeddings (width,) float32 of learned tokens by their id as text; the embedding table is left as it is.
     """
 
     def __init__(self, model: T5EncoderModel, vocabulary: Vocabulary, max_length: int) -> None:
@@ -38,6 +41,7 @@ class TextEncoder(nn.Module):
         self.model = model
         self.vocabulary = vocabulary
         self.max_length = max_length
+        self.rows = nn.ParameterDict()
         vocabulary.no_padding()
         vocabulary.no_truncation()
 
@@ -66,9 +70,68 @@ class TextEncoder(nn.Module):
         pad = self.vocabulary.token_to_id(PAD)
         padded = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in ids], device=device)
         mask = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
-        features: Tensor = self.model(input_ids=padded, attention_mask=mask).last_hidden_state
+        features: Tensor = self.model(inputs_embeds=self._embed(padded), attention_mask=mask).last_hidden_state
         return TextFeatures(features, lengths)
 
+    def word_ids(self, text: str) -> list[int]:
+        """Ids of a text without </s>."""
+        return list(self.vocabulary.encode(text, add_special_tokens=False).ids)
+
+    def knows(self, token: str) -> bool:
+        """Whether the vocabulary has the token as one entry."""
+        ids = self.word_ids(token)
+        return len(ids) == 1 and ids[0] != self.vocabulary.token_to_id(UNKNOWN)
+
+    @torch.no_grad()
+    def embedding_of(self, text: str) -> Tensor:
+        """Mean embedding (width,) float32 of a text's tokens: what a new token is begun with."""
+        ids = torch.tensor([self.word_ids(text)], device=self.model.device)
+        return self._embed(ids).float().mean(1)[0]
+
+    def learn(self, token: str, row: Tensor) -> None:
+        """Reads the token from now on as one entry with this embedding, whatever it was split into before.
+
+        The table of embeddings and the vocabulary on disk are untouched. White space before the token belongs to it.
+
+        Args:
+            token: as it stands in prompts, upper and lower case told apart.
+            row: (width,).
+        """
+        alone = token[0].isalnum() and token[-1].isalnum()
+        self.vocabulary.add_tokens([AddedToken(token, single_word=alone, lstrip=True, normalized=False)])
+        key = str(self.vocabulary.token_to_id(token))
+        self.rows[key] = nn.Parameter(row.detach().float().to(self.model.device))
+
+    def row(self, token: str) -> nn.Parameter:
+        """The embedding of a learned token."""
+        found: nn.Parameter = self.rows[str(self.vocabulary.token_to_id(token))]
+        return found
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Moves the learned tokens into the table of embeddings, so that they are saved with it."""
+        table = self._table
+        rows = table.weight.shape[0]
+        needed = max((int(key) + 1 for key in self.rows), default=0)
+        if needed > rows:
+            self.model.resize_token_embeddings(needed, mean_resizing=False)
+            table = self._table
+        for key, row in self.rows.items():
+            table.weight[int(key)] = row.to(table.weight.dtype)
+        self.rows.clear()
+
+    @property
+    def _table(self) -> nn.Embedding:
+        table: nn.Embedding = self.model.get_input_embeddings()  # type: ignore[no-untyped-call]
+        return table
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Embeddings (B, T, width) of ids (B, T)."""
+        table = self._table
+        embedded: Tensor = table(ids.clamp_max(table.num_embeddings - 1))
+        for key, row in self.rows.items():
+            embedded = torch.where((ids == int(key))[..., None], row.to(embedded.dtype), embedded)
+        return embedded
 
     def _cut(self, ids: list[int]) -> list[int]:
         return ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], ids[-1]]

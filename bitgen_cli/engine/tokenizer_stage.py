@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from bitgen_cli.config import Config, TokenizerTraining
 from bitgen_cli.engine import pyramid
+from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import PictureSource, save_grid, to_float
 from bitgen_cli.engine.device import DTYPES
 from bitgen_cli.engine.losses import psnr, ssim, tokenizer_loss
@@ -47,6 +49,7 @@ class TokenizerStage:
         training = config.training.tokenizer
         assert training is not None
         self.config = config
+        self.rates: Mapping[str, float] = {}
         self.training: TokenizerTraining = training
         self.device = device
         self.module = tokenizer.requires_grad_(True).to(device)
@@ -92,10 +95,10 @@ class TokenizerStage:
         reconstruction, _, _ = self._reconstruct(image, scales)
         save_grid(torch.cat((image, reconstruction.clamp(-1, 1))), len(indices), file)
 
-    def export(self, folder: Path) -> None:
+    def export(self, run: RunFolder) -> None:
         """A model folder of the tokenizer alone."""
         dtype = DTYPES[self.training.export_precision]
-        save_model(folder, self.config.model, self.config.sampling, tokenizer=self.module, dtype=dtype)
+        save_model(run.model, self.config.model, self.config.sampling, tokenizer=self.module, dtype=dtype)
 
     def close(self) -> None:
         self._pictures.close()

@@ -44,9 +44,11 @@ class Stage(Protocol):
 
     Attributes:
         groups: training pictures in groups that may share a batch (same aspect ratio), as indices.
+        rates: beginnings of parameter names and what the learning rate is multiplied with for those.
     """
 
     groups: list[list[int]]
+    rates: Mapping[str, float]
 
     @property
     def module(self) -> nn.Module:
@@ -66,8 +68,8 @@ class Stage(Protocol):
     def draw_samples(self, file: Path) -> None:
         """Writes a picture grid that shows how far the training is."""
 
-    def export(self, folder: Path) -> None:
-        """Writes the model folder."""
+    def export(self, run: RunFolder) -> None:
+        """Writes what the run is for into its folder: a model, a subject."""
 
     def close(self) -> None:
         """Ends what works in the background."""
@@ -150,14 +152,21 @@ def chunks(groups: list[list[int]], size: int) -> list[list[int]]:
     return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters with and without weight decay, in the order of their names in the module."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def parameter_groups(module: nn.Module, weight_decay: float, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Trainable parameters with and without weight decay, in the order of their names in the module.
+
+    Args:
+        module: what is trained.
+        weight_decay: of matrices.
+        rates: as in `Stage`; parameters with a rate of their own are in groups of their own.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, weight_decay): [], (1.0, 0.0): []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (plain if _undecayed(name, parameter) else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+            rate = next((rate for start, rate in rates.items() if name.startswith(start)), 1.0)
+            decay = 0.0 if _undecayed(name, parameter) else weight_decay
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": found, "weight_decay": decay, "rate": rate} for (rate, decay), found in groups.items()]
 
 
 def _undecayed(name: str, parameter: Tensor) -> bool:
@@ -192,7 +201,7 @@ class Trainer:
         self.trained = {name: p for name, p in stage.module.named_parameters() if p.requires_grad}
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(stage.module, config.optimizer.weight_decay),
+            parameter_groups(stage.module, config.optimizer.weight_decay, stage.rates),
             lr=config.optimizer.learning_rate,
             betas=config.optimizer.betas,
             eps=config.optimizer.epsilon,
@@ -300,7 +309,7 @@ class Trainer:
         step = self.progress.step
         rate = learning_rate(step, self.config.steps, self.config.optimizer)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate"]
         self.stage.module.train()
         self.optimizer.zero_grad(set_to_none=True)
         measured: dict[str, Tensor] = {}
@@ -385,7 +394,7 @@ class Trainer:
             self.run.save_best(folder)
         if improved or last:
             with self._shown():
-                self.stage.export(self.run.model)
+                self.stage.export(self.run)
         self.run.write_state(
             {
                 "step": checkpoint.step,

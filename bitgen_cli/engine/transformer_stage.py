@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bitgen_cli.config import Config, TransformerTraining
 from bitgen_cli.engine import pyramid
 from bitgen_cli.engine.bits import to_positions
+from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import grid, to_uint8
 from bitgen_cli.engine.device import DTYPES
 from bitgen_cli.engine.losses import bit_loss
@@ -76,6 +78,7 @@ class TransformerStage:
         training = config.training.transformer
         assert training is not None
         self.config = config
+        self.rates: Mapping[str, float] = {}
         self.training: TransformerTraining = training
         self.store = store
         self.device = device
@@ -139,10 +142,10 @@ class TransformerStage:
             grid(both, len(captions)).save(temporary, format="PNG")
         write_text(file.with_name("captions.txt"), "\n".join(captions) + "\n")
 
-    def export(self, folder: Path) -> None:
+    def export(self, run: RunFolder) -> None:
         """A whole model folder; a text encoder that is not trained is left where it is."""
         save_model(
-            folder,
+            run.model,
             self.config.model,
             self.config.sampling,
             tokenizer=self.tokenizer_file,
@@ -164,7 +167,7 @@ class TransformerStage:
             text = self._features([self._ids[index] for index in indices])
             if dropped is not None:
                 text = self._drop(text, dropped)
-            with _attention(self.device, self.training.precision, scales):
+            with attention(self.device, self.training.precision, scales):
                 logits = self.module.transformer(inputs, text, scales)
         return bit_loss(logits, targets, scales, self.training)
 
@@ -173,16 +176,10 @@ class TransformerStage:
     ) -> tuple[Tensor, Tensor]:
         """Targets (B, L, K) bool and inputs (B, L - 1, K)."""
         latent = self._latents(indices)
-        if latent is None:
-            targets = [bits.to(self.device) for bits in self.store.bits(indices)]
-            inputs = pyramid.inputs_from_bits(targets, scales)
-        else:
-            targets, inputs = pyramid.teacher_inputs(latent, scales, flips)
-        target_positions = torch.cat([to_positions(bits, scales.cell) for bits in targets], dim=1)
-        # a schedule of one scale has no inputs
-        empty = targets[0].new_zeros((len(indices), 0, target_positions.shape[-1]), dtype=torch.float32)
-        input_positions = torch.cat([empty, *(to_positions(seen, scales.cell) for seen in inputs)], dim=1)
-        return target_positions, input_positions
+        if latent is not None:
+            return as_positions(*pyramid.teacher_inputs(latent, scales, flips), scales)
+        targets = [bits.to(self.device) for bits in self.store.bits(indices)]
+        return as_positions(targets, pyramid.inputs_from_bits(targets, scales), scales)
 
     def _features(self, ids: list[list[int]]) -> TextFeatures:
         if self.text_is_trained:
@@ -222,6 +219,14 @@ class TransformerStage:
             plan(self.config.sampling, len(own))
 
 
+def as_positions(targets: list[Tensor], inputs: list[Tensor], scales: Schedule) -> tuple[Tensor, Tensor]:
+    """Targets (B, L, K) bool and inputs (B, L - 1, K) of grids (B, C, h, w) per scale."""
+    target_positions = torch.cat([to_positions(bits, scales.cell) for bits in targets], dim=1)
+    # a schedule of one scale has no inputs
+    empty = targets[0].new_zeros((target_positions.shape[0], 0, target_positions.shape[-1]), dtype=torch.float32)
+    return target_positions, torch.cat([empty, *(to_positions(seen, scales.cell) for seen in inputs)], dim=1)
+
+
 def _compile(transformer: Transformer, device: torch.device) -> None:
     """Compiles the blocks' teacher-forced pass; sampling's steps stay as they are.
 
@@ -238,7 +243,7 @@ def _compile(transformer: Transformer, device: torch.device) -> None:
         block.compile()
 
 
-def _attention(device: torch.device, precision: str, scales: Schedule) -> AbstractContextManager[None]:
+def attention(device: torch.device, precision: str, scales: Schedule) -> AbstractContextManager[None]:
     """Makes attention plain products for short bfloat16 sequences on the CPU, else leaves it to torch.
 
     The fused attention of the CPU takes 2 to 3 times as long there in bfloat16, measured forward and backward

@@ -15,6 +15,7 @@ from bitgen_cli.engine.trainer import Stage
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Report
+from bitgen_cli.runs.finetune_subject import VERB, SubjectResult, resume_subject
 from bitgen_cli.runs.train import (
     TOKENIZER,
     Parts,
@@ -29,7 +30,9 @@ from bitgen_cli.runs.train import (
 )
 
 
-def resume(path: Path, report: Report, *, steps: int | None = None, device: str = "auto") -> TrainResult:
+def resume(
+    path: Path, report: Report, *, steps: int | None = None, device: str = "auto"
+) -> TrainResult | SubjectResult:
     """Continues a training from its last whole checkpoint.
 
     On the CPU the result equals that of a run that was never stopped, bit for bit.
@@ -51,7 +54,10 @@ def resume(path: Path, report: Report, *, steps: int | None = None, device: str 
     run = RunFolder(path)
     description = run.description()
     try:
-        verb, stage_name, data = description["verb"], description["stage"], description["data"]
+        verb = description["verb"]
+        if verb == VERB:
+            return resume_subject(run, description, report, steps=steps, device=device)
+        stage_name, data = description["stage"], description["data"]
         config = Config.model_validate(description["config"])
     except (KeyError, ValidationError) as error:
         raise InputError(f"{path / 'config.json'} does not describe a training: {error}") from error

@@ -19,10 +19,11 @@ from PIL import Image, PngImagePlugin
 from bitgen_cli import __version__
 from bitgen_cli.config import SamplingConfig
 from bitgen_cli.engine.data import grid, to_pil, to_tensor, to_uint8
-from bitgen_cli.engine.device import keep_freed_memory, pick_device, pick_dtype
+from bitgen_cli.engine.device import DTYPES, keep_freed_memory, pick_device, pick_dtype
 from bitgen_cli.engine.model_folder import Model, find_model, load_model, read_model_config
 from bitgen_cli.engine.sampling import generate, plan
 from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
+from bitgen_cli.engine.subject import Subject, Worn, choose_subjects, find_subject, known_subjects, wearing
 from bitgen_cli.engine.text import TextEncoder
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import Transformer
@@ -70,6 +71,7 @@ class SampleOptions:
         negative_prompt: what guidance leads away from.
         aspect: W:H.
         resolution: pixel budget of a published schedule.
+        subjects: NAME or FILE, with :SCALE or without; those whose tokens stand in a prompt are found anyway.
         output: a file, a folder, or a template with {prompt}, {seed}, {index}, {model}.
         grid: also writes all pictures as one.
         metadata: whether pictures carry their recipe.
@@ -92,6 +94,7 @@ class SampleOptions:
     negative_prompt: str | None = None
     aspect: str | None = None
     resolution: str | None = None
+    subjects: tuple[str, ...] = ()
     output: str | None = None
     grid: bool = False
     metadata: bool = True
@@ -148,10 +151,12 @@ class _Job:
     schedule: Schedule
     resolution: str | None
     output: str | None
+    subjects: tuple[Worn, ...]
 
     def together(self) -> tuple[object, ...]:
         """Pictures with the same value are drawn in one batch."""
-        return self.sampling.model_dump_json(), self.schedule, self.negative is None
+        worn = tuple((worn.subject.file, worn.scale) for worn in self.subjects)
+        return self.sampling.model_dump_json(), self.schedule, self.negative is None, worn
 
 
 @dataclass
@@ -165,6 +170,7 @@ class _Parts:
     text_encoder: TextEncoder
     dtype: torch.dtype
     device: torch.device
+    known: Sequence[Subject]
     taken: set[Path] = field(default_factory=set)
 
 
@@ -185,6 +191,7 @@ def sample(options: SampleOptions, report: Report) -> SampleResult:
         raise UsageError("no prompt", 'for example: bitgen sample "a red dog on the moon"')
     parts = _load(options)
     jobs = [job for request in requests for job in _jobs(request, parts)]
+    _tell_subjects(jobs, report)
     if options.output is not None:
         _check_output(options.output, len(jobs))
     for prompt in dict.fromkeys(job.prompt for job in jobs):
@@ -271,8 +278,30 @@ def _jobs(options: SampleOptions, parts: _Parts) -> list[_Job]:
     if max(layers) > depth:
         raise UsageError(f"cfg_layer {max(layers)} is more than the model's {depth} blocks")
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
-    job = _Job(prompt, options.negative_prompt, seed, sampling, scales, options.resolution, options.output)
+    asked = [_worn(text) for text in options.subjects]
+    subjects = choose_subjects(prompt, parts.model, parts.known, asked)
+    job = _Job(prompt, options.negative_prompt, seed, sampling, scales, options.resolution, options.output, subjects)
     return [replace(job, seed=seed + k) for k in range(options.num_images)]
+
+
+def _worn(text: str) -> Worn:
+    """A subject from NAME, FILE, NAME:SCALE or FILE:SCALE."""
+    name, colon, scale = text.rpartition(":")
+    try:
+        strength = float(scale) if colon else 1.0
+    except ValueError:
+        name, strength = text, 1.0  # a colon that belongs to the file's name
+    if not 0 <= strength <= 2:
+        raise UsageError(f"--subject {text}: the scale must be from 0 to 2", "1 is as learned")
+    return Worn(find_subject(name if colon and name else text), strength)
+
+
+def _tell_subjects(jobs: Sequence[_Job], report: Report) -> None:
+    """Says which subjects are drawn, each once."""
+    drawn = {(worn.subject.file, worn.scale): worn.subject for job in jobs for worn in job.subjects}
+    for (file, scale), subject in drawn.items():
+        strength = "" if scale == 1 else f", scale {scale:g}"
+        report.notice(f"{subject.token} is subject {subject.name}, a {subject.header.class_word}{strength}: {file}")
 
 
 def _sampling(options: SampleOptions, model: Model) -> SamplingConfig:
@@ -334,15 +363,21 @@ def _schedule(options: SampleOptions, model: Model) -> Schedule:
 def _load(options: SampleOptions) -> _Parts:
     device = pick_device(options.device)
     folder = find_model(options.model)
-    config, _, _ = read_model_config(folder)
-    small = device.type == "cpu" and config.transformer.width < SMALL_WIDTH
-    dtype = torch.float32 if options.dtype == "auto" and small else pick_dtype(options.dtype, device)
+    dtype = drawing_dtype(options.dtype, folder, device)
     model = load_model(folder, device=device, dtype=dtype)
     if model.transformer is None or model.tokenizer is None or model.text_encoder is None:
         missing = "transformer" if model.transformer is None else "text encoder"
         raise InputError(f"the model {folder} has no {missing} yet", "bitgen train makes one")
     name = options.model if options.model == "demo" else parts_name(folder)
-    return _Parts(name, model, model.tokenizer, model.transformer, model.text_encoder, dtype, device)
+    known = known_subjects()
+    return _Parts(name, model, model.tokenizer, model.transformer, model.text_encoder, dtype, device, known)
+
+
+def drawing_dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:
+    """The number type a model is drawn with; `auto` takes float32 for small ones on a CPU."""
+    config, _, _ = read_model_config(folder)
+    small = device.type == "cpu" and config.transformer.width < SMALL_WIDTH
+    return torch.float32 if name == "auto" and small else pick_dtype(name, device)
 
 
 def _batches(jobs: Sequence[_Job], size: int) -> Iterator[list[int]]:
@@ -360,16 +395,17 @@ def _draw(jobs: Sequence[_Job], parts: _Parts, task: Task) -> list[Image.Image]:
     """The pictures of one batch, in its order."""
     first = jobs[0]
     negatives = [job.negative for job in jobs if job.negative is not None]
-    images, _ = generate(
-        parts.transformer,
-        parts.tokenizer,
-        parts.text_encoder.encode([job.prompt for job in jobs]),
-        first.schedule,
-        plan(first.sampling, len(first.schedule)),
-        [job.seed for job in jobs],
-        negative=parts.text_encoder.encode(negatives) if negatives else None,
-        on_scale=lambda scale: task.status(f"scale {scale + 1} of {len(first.schedule)}"),
-    )
+    with wearing(parts.model, first.subjects):
+        images, _ = generate(
+            parts.transformer,
+            parts.tokenizer,
+            parts.text_encoder.encode([job.prompt for job in jobs]),
+            first.schedule,
+            plan(first.sampling, len(first.schedule)),
+            [job.seed for job in jobs],
+            negative=parts.text_encoder.encode(negatives) if negatives else None,
+            on_scale=lambda scale: task.status(f"scale {scale + 1} of {len(first.schedule)}"),
+        )
     return [to_pil(image) for image in to_uint8(images)]
 
 
@@ -378,21 +414,33 @@ def _draw(jobs: Sequence[_Job], parts: _Parts, task: Task) -> list[Image.Image]:
 
 def _recipe(job: _Job, image: Image.Image, parts: _Parts) -> dict[str, Any]:
     """Everything the picture can be drawn again from."""
-    dtypes = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     return {
-        "bitgen": __version__,
-        "prompt": job.prompt,
-        "negative_prompt": job.negative,
-        "seed": job.seed,
-        "model": parts.name,
-        "fingerprints": parts.model.fingerprints,
+        **base_recipe(job.prompt, job.negative, job.seed, parts.name, parts.model),
+        "subjects": [
+            {"name": worn.subject.name, "token": worn.subject.token, "scale": worn.scale, "sha256": worn.subject.sha256}
+            for worn in job.subjects
+        ],
         **job.sampling.model_dump(mode="json"),
         "width": image.width,
         "height": image.height,
         "ratio": job.schedule.ratio,
         "resolution": job.resolution,
-        "dtype": dtypes[parts.dtype],
-        "device": parts.device.type,
+    }
+
+
+def base_recipe(prompt: str, negative: str | None, seed: int, name: str, model: Model) -> dict[str, Any]:
+    """The part of a recipe that says what was drawn, by which model, computed how."""
+    assert model.transformer is not None
+    dtypes = {dtype: short for short, dtype in DTYPES.items()}
+    return {
+        "bitgen": __version__,
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "seed": seed,
+        "model": name,
+        "fingerprints": model.fingerprints,
+        "dtype": dtypes[model.transformer.dtype],
+        "device": model.transformer.device.type,
     }
 
 
@@ -410,15 +458,25 @@ def _parameters(recipe: Mapping[str, Any]) -> str:
 
 def _write(image: Image.Image, job: _Job, index: int, options: SampleOptions, parts: _Parts) -> SampledPicture:
     recipe = _recipe(job, image, parts)
+    path = _path(job, index, parts)
+    write_picture(path, image, recipe if options.metadata else None)
+    return SampledPicture(path, job.prompt, job.seed, recipe)
+
+
+def write_picture(path: Path, image: Image.Image, recipe: Mapping[str, Any] | None) -> None:
+    """Writes a PNG whole or not at all, with its recipe as JSON and as other tools read it; None leaves it out.
+
+    Raises:
+        ResourceError: no space left.
+        InputError: not allowed to write there.
+    """
     info = None
-    if options.metadata:
+    if recipe is not None:
         info = PngImagePlugin.PngInfo()
         info.add_itxt("parameters", _parameters(recipe))
         info.add_itxt(RECIPE, json.dumps(recipe, ensure_ascii=False))
-    path = _path(job, index, parts)
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
-    return SampledPicture(path, job.prompt, job.seed, recipe)
 
 
 def _write_grid(images: list[Image.Image], options: SampleOptions, parts: _Parts) -> Path:

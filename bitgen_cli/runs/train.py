@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitgen_cli.config import Config, LoopConfig
+from bitgen_cli.config import Config, LoopConfig, ModelConfig
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import WORLD, open_source
 from bitgen_cli.engine.device import keep_freed_memory, pick_device
@@ -22,6 +23,7 @@ from bitgen_cli.engine.model_folder import (
     load_model,
     load_weights,
     read_model_config,
+    read_tensors,
     require_same_tokenizer,
     save_model,
 )
@@ -39,7 +41,7 @@ from bitgen_cli.report import Report
 if TYPE_CHECKING:
     from bitgen_cli.presets import Resolved
 
-TOKENIZER, TRANSFORMER = "tokenizer", "transformer"
+TOKENIZER, TRANSFORMER, SUBJECT = "tokenizer", "transformer", "subject"
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def train(options: TrainOptions, report: Report) -> TrainResult:
     started = time.perf_counter()
     config = options.resolved.config
     stage_name = options.stage or stage_for(options.data)
+    if stage_name == SUBJECT:
+        raise UsageError("`bitgen train` does not learn subjects", "bitgen finetune-subject does")
     recipe(config, stage_name)
     device = prepare_device(options.device)
     run = RunFolder(options.out)
@@ -170,7 +174,7 @@ def recipe(config: Config, stage: str) -> LoopConfig:
     Raises:
         UsageError: unknown stage, or the configuration has no recipe for it.
     """
-    if stage not in (TOKENIZER, TRANSFORMER):
+    if stage not in (TOKENIZER, TRANSFORMER, SUBJECT):
         raise UsageError(f"unknown stage {stage!r}", f"{TOKENIZER} or {TRANSFORMER}")
     found: LoopConfig | None = getattr(config.training, stage)
     if found is None:
@@ -267,15 +271,36 @@ def _first_parts(config: Config, data: str, init: str | None, report: Report) ->
     transformer = Transformer(config.model)
     transformer.initialise(torch.Generator().manual_seed(seed))
     known = folder if (folder / TRANSFORMER_FILE).is_file() else None
-    if known is not None and (model.config.transformer, model.config.text_encoder) != (
-        config.model.transformer,
-        config.model.text_encoder,
-    ):
+    if known is not None and not _same_but_scales(model.config, config.model):
         report.notice(f"the transformer of {folder} has another geometry; this run begins with fresh weights")
         known = None
     if known is not None:
-        load_weights(transformer, known / TRANSFORMER_FILE)
+        _load_transformer(transformer, known / TRANSFORMER_FILE, model.config, config.model)
     return Parts(store, model, transformer, text_encoder_for(config, known, store.captions, seed))
+
+
+def _same_but_scales(found: ModelConfig, wanted: ModelConfig) -> bool:
+    """Whether two models differ in nothing that a transformer's weights depend on but the rows of their scales."""
+    rows = {"scale_embeddings": wanted.transformer.scale_embeddings}
+    transformer = found.transformer.model_copy(update=rows)
+    return (transformer, found.text_encoder) == (wanted.transformer, wanted.text_encoder)
+
+
+def _load_transformer(transformer: Transformer, file: Path, found: ModelConfig, wanted: ModelConfig) -> None:
+    """Weights of a file for other scales: each scale takes the embedding of the file's scale nearest in size."""
+    with torch.device("meta"):
+        expected = Transformer(found).state_dict()
+    tensors = read_tensors(file, expected, torch.device("cpu"), None)
+    if found.scales != wanted.scales:
+        own, others = (
+            schedule(model.scales, patchify=model.transformer.patchify, ratio=nearest_ratio(1.0, model.scales)).counts
+            for model in (wanted, found)
+        )
+        rows = tensors["scale_embedding.weight"]
+        nearest = [min(range(len(others)), key=lambda k: abs(math.log(others[k] / count))) for count in own]
+        tensors["scale_embedding.weight"] = transformer.scale_embedding.weight.detach().clone()
+        tensors["scale_embedding.weight"][: len(own)] = rows[nearest].to(transformer.dtype)
+    transformer.load_state_dict(tensors)
 
 
 def _save_start(run: RunFolder, config: Config, parts: Parts) -> None:

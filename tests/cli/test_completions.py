@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[2] / "completions"
 FILES = ("bitgen.bash", "_bitgen", "bitgen.fish")
 
 EXPECTED = {
-    ("",): ["inspect-config", "resume", "sample", "tokenize", "train"],
+    ("",): ["finetune-subject", "gen-priors", "inspect-config", "resume", "sample", "tokenize", "train"],
     ("re",): ["resume"],
     ("sample", "--to"): ["--top-k", "--top-p"],
     ("sample", "a dog", "--see"): ["--seed"],
@@ -71,7 +71,7 @@ def test_the_committed_files_are_fresh(generator: ModuleType) -> None:
 def test_every_command_and_option_is_offered(generator: ModuleType) -> None:
     texts = {name: (FOLDER / name).read_text(encoding="utf-8") for name in FILES}
     commands = generator.commands()
-    assert len(commands) == 5
+    assert len(commands) == 7
     for command in commands:
         assert all(command.name in text for text in texts.values())
         for option in command.options:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Line:
     seen: list[list[int]] = field(default_factory=list)
     announced: list[list[int]] = field(default_factory=list)
     exported: list[Tensor] = field(default_factory=list)
+    rates: Mapping[str, float] = field(default_factory=dict)
     groups: list[list[int]] = field(default_factory=lambda: [list(range(20)), list(range(20, 31))])
 
     def __post_init__(self) -> None:
@@ -76,7 +78,7 @@ class Line:
     def draw_samples(self, file: Path) -> None:
         file.write_bytes(b"")
 
-    def export(self, folder: Path) -> None:
+    def export(self, run: RunFolder) -> None:
         self.exported.append(next(self.module.parameters()).detach().clone())
 
     def close(self) -> None:
@@ -260,7 +262,7 @@ def test_weight_decay_leaves_out_what_the_recipe_leaves_out() -> None:
     )
     module = nn.ModuleDict({"transformer": Transformer(model)})
     names = {parameter: name.removeprefix("transformer.") for name, parameter in module.named_parameters()}
-    decayed, plain = parameter_groups(module, 0.005)
+    decayed, plain = parameter_groups(module, 0.005, {})
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.005, 0.0)
     matrices = {name for parameter, name in names.items() if parameter.ndim > 1}
     undecayed = {

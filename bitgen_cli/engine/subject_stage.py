@@ -1,0 +1,507 @@
+"""Training stage `subject`: one thing from a few photos, while its class stays what the base model knows.
+
+Source: DreamBooth, arXiv 2208.12242, section 3: a token of its own, and a second loss on class samples that the base
+model made (prior preservation). Here the losses are the bitwise cross-entropy of next-scale prediction, and the class
+can also be kept by the base model's bit distributions themselves (distillation).
+
+A batch is named: photos first, then as many class samples, through one forward pass to two losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bitgen_cli.config import Config, SubjectTraining
+from bitgen_cli.engine import lora, pyramid
+from bitgen_cli.engine.bits import to_positions
+from bitgen_cli.engine.checkpoint import RunFolder
+from bitgen_cli.engine.data import save_grid
+from bitgen_cli.engine.device import DTYPES
+from bitgen_cli.engine.losses import bit_loss, distillation_loss
+from bitgen_cli.engine.model_folder import Model
+from bitgen_cli.engine.sampling import Drawn, SamplingPlan, draw_bits, plan
+from bitgen_cli.engine.scales import Schedule
+from bitgen_cli.engine.self_correction import flipper
+from bitgen_cli.engine.subject import DELTA, PREFIX, ROW, START, Header, Kind, save_subject
+from bitgen_cli.engine.text import TextEncoder
+from bitgen_cli.engine.trainer import grouped
+from bitgen_cli.engine.transformer import TextFeatures, Transformer
+from bitgen_cli.engine.transformer_stage import as_positions, attention
+from bitgen_cli.files import write_text
+
+GRID_COLUMNS = 8
+DRAWN_AT_ONCE = 8
+SUBJECT, CLASS, UNRELATED = "subject", "class", "unrelated"
+_ADAPTER = ".adapter."
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A picture to learn from.
+
+    Attributes:
+        latent: (C, H, W).
+        captions: what it may be called; one is drawn each time.
+        schedule: its scales.
+    """
+
+    latent: Tensor
+    captions: tuple[str, ...]
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class ClassBits:
+    """Class samples of the base model as bits, with how sure it was of them.
+
+    Attributes:
+        bits: per scale (M, C, h, w) bool.
+        margins: (M, L, K) logit of "bit = 1" minus that of "bit = 0", without guidance.
+        captions: M prompts.
+        schedule: of all of them.
+    """
+
+    bits: list[Tensor]
+    margins: Tensor
+    captions: tuple[str, ...]
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A set of prompts whose pictures at fixed seeds show how far the model has moved."""
+
+    name: str
+    prompts: tuple[str, ...]
+
+
+class Taught(nn.Module):
+    """Everything of the model that a subject can be learned into."""
+
+    def __init__(self, transformer: Transformer, text_encoder: TextEncoder) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+
+
+class SubjectStage:
+    """Learns a subject into the chosen parts of a model.
+
+    Args:
+        config: the whole configuration; its training.subject must be there.
+        model: the base model with all parts; changed in place.
+        photos: views of the photos.
+        priors: class samples as pictures; empty for other kinds of prior.
+        distilled: class samples as bits, for `prior: distill`.
+        header: of the subject file; says token and class.
+        probes: prompts to watch, of the names SUBJECT, CLASS and UNRELATED.
+        device: where it is computed.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        photos: Sequence[Lesson],
+        priors: Sequence[Lesson],
+        distilled: ClassBits | None,
+        header: Header,
+        probes: Sequence[Probe],
+        scales: Schedule,
+        device: torch.device,
+    ) -> None:
+        training = config.training.subject
+        assert training is not None
+        assert model.transformer is not None
+        assert model.text_encoder is not None
+        assert model.tokenizer is not None
+        self.training: SubjectTraining = training
+        self.device = device
+        self.header = header
+        self.module = Taught(model.transformer.to(device), model.text_encoder.to(device))
+        self._tokenizer = model.tokenizer
+        self._photos, self._priors, self._distilled = photos, priors, distilled
+        self._probes = {probe.name: probe for probe in probes}
+        self._scales = scales
+        self._plan = plan(config.sampling, len(scales))
+        self._choose()
+        token_rate = training.token_learning_rate / training.optimizer.learning_rate
+        self.rates: Mapping[str, float] = {"text_encoder.rows.": token_rate}
+        self.groups = grouped(range(len(photos)), lambda index: photos[index].schedule.ratio)
+        self._features_of: dict[str, Tensor] = {}
+        self._first: dict[str, tuple[Drawn, float]] = {}
+
+    # -- what trains ---------------------------------------------------------------------------------------------------
+
+    def _choose(self) -> None:
+        """Freezes everything, then opens what `train` names; that is kept in float32, with the base's values aside."""
+        training, parts = self.training, set[str](self.training.train)
+        self.module.requires_grad_(False)
+        self.module.transformer.checkpoint_activations = training.checkpoint_activations
+        if "lora" in parts:
+            lora.attach(
+                self.module.transformer, training.lora_layers, training.lora_rank, training.lora_alpha, training.seed
+            )
+        for name, parameter in self.module.named_parameters():
+            if is_trained(name, parts):
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+            else:
+                parameter.requires_grad_(False)
+        self.text_is_trained = bool(parts & {"text", "all"})
+        self._base = {n: p.detach().clone() for n, p in self.module.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """The base model for the length of the block, the token read as what it was begun with."""
+        named = dict(self.module.named_parameters())
+        own = {name: named[name].data for name in self._base}
+        try:
+            for name, value in self._base.items():
+                named[name].data = value
+            yield
+        finally:
+            for name, value in own.items():
+                named[name].data = value
+
+    # -- the loss ------------------------------------------------------------------------------------------------------
+
+    def ahead(self, indices: list[int]) -> None:
+        """Nothing to do: all latents are there."""
+
+    def loss(
+        self, indices: list[int], generator: torch.Generator, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The photos' loss and the class's, of one micro-batch; all randomness comes from the generator."""
+        photos = [self._photos[index] for index in indices]
+        captions = [_drawn_from(photo.captions, generator) for photo in photos]
+        taught = self._subject_batch(photos, captions, generator)
+        kept = self._class_batch(len(indices), generator) if self._has_prior else None
+        together = kept is not None and kept.schedule == taught.schedule
+        class_logits: Tensor | None = None
+        with self._autocast():
+            if kept is not None and together:
+                logits, class_logits = self._forward(_Batch.join(taught, kept)).chunk(2)
+            else:
+                logits = self._forward(taught)
+                class_logits = None if kept is None else self._forward(kept)
+        loss, accuracy, _ = bit_loss(logits, taught.targets, taught.schedule, self.training)
+        measured = {"subject_loss": loss.detach()}
+        measured |= {f"bit_accuracy/{k}": value for k, value in enumerate(accuracy.unbind())}
+        if kept is not None and class_logits is not None:
+            class_loss = self._class_loss(class_logits, kept)
+            measured["prior_loss"] = class_loss.detach()
+            loss = loss + self.training.prior_weight * class_loss
+        return loss, measured
+
+    @property
+    def _has_prior(self) -> bool:
+        return self.training.prior != "none" and self.training.prior_weight > 0
+
+    def _subject_batch(
+        self, photos: Sequence[Lesson], captions: Sequence[str], generator: torch.Generator | None
+    ) -> _Batch:
+        scales = photos[0].schedule
+        latents = torch.stack([photo.latent for photo in photos]).to(self.device).float()
+        flips = None
+        if generator is not None and self.training.flip_strength > 0:
+            flips = flipper(self.training.flip_strength, self.training.flip_scales, generator)
+        targets, inputs = as_positions(*pyramid.teacher_inputs(latents, scales, flips), scales)
+        return _Batch(scales, targets, inputs, self._features(captions), None)
+
+    def _class_batch(self, count: int, generator: torch.Generator) -> _Batch:
+        """As many class samples as there are photos; some lose their caption, so that guidance stays what it was."""
+        total = len(self._priors) if self._distilled is None else len(self._distilled.captions)
+        chosen = torch.randint(total, (count,), generator=generator).tolist()
+        if self._distilled is None:
+            lessons = [self._priors[index] for index in chosen]
+            batch = self._subject_batch(lessons, [_drawn_from(p.captions, generator) for p in lessons], generator)
+            dropped = torch.rand(count, generator=generator) < self.training.caption_dropout
+            return replace(batch, text=self._drop(batch.text, dropped.tolist()))
+        return self._distilled_batch(chosen)
+
+    def _distilled_batch(self, chosen: Sequence[int]) -> _Batch:
+        kept = self._distilled
+        assert kept is not None
+        bits = [scale[list(chosen)].to(self.device) for scale in kept.bits]
+        targets, inputs = as_positions(bits, pyramid.inputs_from_bits(bits, kept.schedule), kept.schedule)
+        text = self._features([kept.captions[index] for index in chosen])
+        return _Batch(kept.schedule, targets, inputs, text, kept.margins[list(chosen)].to(self.device))
+
+    def _class_loss(self, logits: Tensor, batch: _Batch) -> Tensor:
+        if batch.margins is None:
+            return bit_loss(logits, batch.targets, batch.schedule, self.training)[0]
+        return distillation_loss(logits, batch.margins, batch.schedule, self.training)
+
+    def _forward(self, batch: _Batch) -> Tensor:
+        with attention(self.device, self.training.precision, batch.schedule):
+            logits: Tensor = self.module.transformer(batch.inputs, batch.text, batch.schedule)
+        return logits
+
+    def _features(self, captions: Sequence[str]) -> TextFeatures:
+        """Text features; those that training cannot change are encoded once."""
+        if self.text_is_trained:
+            return self.module.text_encoder.encode(captions)
+        learned = "token" in self.training.train
+        fixed = [c for c in dict.fromkeys(captions) if c not in self._features_of]
+        fixed = [c for c in fixed if not (learned and self.header.token in c)]
+        if fixed:
+            with torch.no_grad():
+                encoded = self.module.text_encoder.encode(fixed)
+            for caption, row, length in zip(fixed, encoded.features, encoded.lengths, strict=True):
+                self._features_of[caption] = row[:length].detach()
+        moving = [c for c in dict.fromkeys(captions) if c not in self._features_of]
+        rows = dict(self._features_of)
+        if moving:
+            encoded = self.module.text_encoder.encode(moving)
+            for caption, row, length in zip(moving, encoded.features, encoded.lengths, strict=True):
+                rows[caption] = row[:length]
+        return TextFeatures.from_rows([rows[caption] for caption in captions])
+
+    def _drop(self, text: TextFeatures, dropped: Sequence[bool]) -> TextFeatures:
+        """The unconditional prompt of the same length in place of the dropped ones."""
+        null = self.module.transformer.null_features(text.lengths).features.to(text.features.dtype)
+        chosen = torch.tensor(dropped, device=self.device)[:, None, None]
+        return TextFeatures(torch.where(chosen, null, text.features), text.lengths)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.precision == "bf16")
+
+    # -- how far it is -------------------------------------------------------------------------------------------------
+
+    def validate(self) -> dict[str, float]:
+        """The losses without chance, and the drift: how far pictures of fixed seeds have moved from the base model's.
+
+        `val_class_agreement` and `val_unrelated_agreement` are the share of bits that are still the base model's;
+        `val_class_as_subject` is the share of bits that class pictures have in common with subject pictures of the
+        same seed; `val_SET_adherence` is how much better the base model explains the pictures with their prompts than
+        without, in relation to its own pictures: 1 is as good as before.
+        """
+        values = self._validation_losses()
+        if self.training.validation_images:
+            values |= {f"val_{name}": value for name, value in self.drift().items()}
+        return values
+
+    def _validation_losses(self) -> dict[str, float]:
+        with self._autocast():
+            subject, count = 0.0, 0
+            for group in self.groups:
+                for start in range(0, len(group), DRAWN_AT_ONCE):
+                    photos = [self._photos[index] for index in group[start : start + DRAWN_AT_ONCE]]
+                    batch = self._subject_batch(photos, [photo.captions[0] for photo in photos], None)
+                    loss = bit_loss(self._forward(batch), batch.targets, batch.schedule, self.training)[0]
+                    subject, count = subject + loss.item() * len(photos), count + len(photos)
+            values = {"val_subject_loss": subject / count}
+            if self._has_prior:
+                values["val_prior_loss"] = self._validation_prior()
+        values["val_loss"] = values["val_subject_loss"] + self.training.prior_weight * values.get("val_prior_loss", 0.0)
+        return values
+
+    def _validation_prior(self) -> float:
+        total = len(self._priors) if self._distilled is None else len(self._distilled.captions)
+        chosen = list(range(min(total, 2 * DRAWN_AT_ONCE)))
+        loss = 0.0
+        for start in range(0, len(chosen), DRAWN_AT_ONCE):
+            part = chosen[start : start + DRAWN_AT_ONCE]
+            if self._distilled is None:
+                lessons = [self._priors[index] for index in part]
+                batch = self._subject_batch(lessons, [lesson.captions[0] for lesson in lessons], None)
+            else:
+                batch = self._distilled_batch(part)
+            loss += self._class_loss(self._forward(batch), batch).item() * len(part)
+        return loss / len(chosen)
+
+    def drift(self) -> dict[str, float]:
+        """The drift as in `validate`, without the losses: shares of 1."""
+        drawn = {name: self._draw(probe) for name, probe in self._probes.items()}
+        self._remember_base()
+        values = {}
+        for name, (bits, _) in self._first.items():
+            if name != SUBJECT:
+                values[f"{name}_agreement"] = agreement(drawn[name].bits, bits.bits)
+        values["class_as_subject"] = agreement(drawn[CLASS].bits, drawn[SUBJECT].bits)
+        with self.base():
+            for name, probe in self._probes.items():
+                before = self._first[name][1]
+                values[f"{name}_adherence"] = self._adherence(drawn[name], probe) / before if before > 0 else 1.0
+        return values
+
+    def _remember_base(self) -> None:
+        """Draws the base model's pictures of the probes, once."""
+        if not self._first:
+            with self.base():
+                for name, probe in self._probes.items():
+                    drawn = self._draw(probe)
+                    self._first[name] = drawn, self._adherence(drawn, probe)
+
+    @torch.no_grad()
+    def _draw(self, probe: Probe) -> Drawn:
+        """Pictures of the probe's prompts at seeds 0, 1 ..."""
+        parts = []
+        with self._autocast():
+            for start in range(0, len(probe.prompts), DRAWN_AT_ONCE):
+                prompts = probe.prompts[start : start + DRAWN_AT_ONCE]
+                text = self.module.text_encoder.encode(prompts)
+                seeds = range(start, start + len(prompts))
+                parts.append(draw_bits(self.module.transformer, text, self._scales, self._plan, seeds))
+        bits = [torch.cat(scale) for scale in zip(*(part.bits for part in parts), strict=True)]
+        return Drawn(bits, torch.cat([part.total for part in parts]))
+
+    @torch.no_grad()
+    def _adherence(self, drawn: Drawn, probe: Probe) -> float:
+        """How much likelier the bits are with their prompts than without: mean nats per bit."""
+        gains = []
+        transformer = self.module.transformer
+        for start in range(0, len(probe.prompts), DRAWN_AT_ONCE):
+            rows = slice(start, start + DRAWN_AT_ONCE)
+            # drawing happens in inference mode; these bits go through autograd-free training code
+            bits = [scale[rows].clone() for scale in drawn.bits]
+            targets, inputs = as_positions(bits, pyramid.inputs_from_bits(bits, self._scales), self._scales)
+            with self._autocast():
+                text = self.module.text_encoder.encode(probe.prompts[rows])
+                null = transformer.null_features(text.lengths)
+                likely = [
+                    _log_likelihood(self._forward(_Batch(self._scales, targets, inputs, features, None)), targets)
+                    for features in (text, null)
+                ]
+            gains.append((likely[0] - likely[1]).mean((1, 2)))
+        return float(torch.cat(gains).mean())
+
+    def draw_samples(self, file: Path) -> None:
+        """A row of pictures for each probe; prompts.txt beside them names the prompts."""
+        shown = [replace(probe, prompts=probe.prompts[:GRID_COLUMNS]) for probe in self._probes.values()]
+        rows = [self._decode(self._draw(probe).total) for probe in shown]
+        save_grid(torch.cat(rows), rows[0].shape[0], file)
+        named = "".join(f"{probe.name}: {prompt}\n" for probe in shown for prompt in probe.prompts)
+        write_text(file.with_name("prompts.txt"), named)
+
+    @torch.inference_mode()
+    def _decode(self, total: Tensor) -> Tensor:
+        """Images (B, 3, H, W); the autoencoder is on the device for this alone."""
+        tokenizer = self._tokenizer.to(self.device)
+        dtype = next(tokenizer.parameters()).dtype
+        images = [tokenizer.decode(part.to(dtype)).float().cpu() for part in torch.split(total, DRAWN_AT_ONCE)]
+        self._tokenizer = tokenizer.to("cpu")
+        return torch.cat(images)
+
+    # -- the result ----------------------------------------------------------------------------------------------------
+
+    def export(self, run: RunFolder) -> None:
+        """The subject file: what the trained parts have become, as differences from the base model."""
+        save_subject(run.subject, self.header, self.tensors(), DTYPES[self.training.export_precision])
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """What goes into the subject file, by its name there."""
+        encoder, token = self.module.text_encoder, self.header.token
+        row = encoder.row(token)
+        key = next(name for name, parameter in self.module.named_parameters() if parameter is row)
+        found = {ROW: row.detach(), START: self._base.get(key, row.detach())}
+        for name, parameter in self.module.named_parameters():
+            if parameter is row or name not in self._base:
+                continue
+            if _ADAPTER in name:
+                found[f"{PREFIX}{name.replace(_ADAPTER, '.')}.weight"] = parameter.detach()
+            else:
+                own = name.replace("text_encoder.model.", "text_encoder.", 1)
+                found[f"{PREFIX}{own}{DELTA}"] = parameter.detach() - self._base[name]
+        return found
+
+    def close(self) -> None:
+        """Nothing works in the background."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Known scales of some pictures, their prompts, and what is to be predicted.
+
+    Attributes:
+        targets: (B, L, K) bool.
+        inputs: (B, L - 1, K).
+        margins: (B, L, K) of the teacher, for distillation.
+    """
+
+    schedule: Schedule
+    targets: Tensor
+    inputs: Tensor
+    text: TextFeatures
+    margins: Tensor | None
+
+    @staticmethod
+    def join(first: _Batch, second: _Batch) -> _Batch:
+        """Both, for one forward pass."""
+        targets = torch.cat((first.targets, second.targets))
+        inputs = torch.cat((first.inputs, second.inputs))
+        return _Batch(first.schedule, targets, inputs, TextFeatures.join([first.text, second.text]), None)
+
+
+def is_trained(name: str, parts: set[str]) -> bool:
+    """Whether a parameter of `Taught` belongs to the parts that train.
+
+    `all` is everything but the autoencoder and the table of embeddings, in which only the token has a row to learn.
+    """
+    if name.startswith("text_encoder.rows."):
+        return bool(parts & {"token", "all"})
+    if _ADAPTER in name:
+        return "lora" in parts
+    if name.startswith("text_encoder."):
+        return bool(parts & {"text", "all"}) and "shared.weight" not in name and "embed_tokens" not in name
+    if "all" in parts:
+        return True
+    return any(f".{lora.LAYERS[part]}." in name for part in parts & set(lora.LAYERS))
+
+
+def kind_of(parts: Sequence[str]) -> Kind:
+    """What kind of subject those parts make."""
+    if set(parts) == {"token"}:
+        return "token"
+    return "lora" if set(parts) <= {"token", "lora"} else "delta"
+
+
+def agreement(bits: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """Mean over the scales of the share of equal bits; both (B, C, h, w) bool per scale."""
+    shares = [(a == b).float().mean().item() for a, b in zip(bits, others, strict=True)]
+    return math.fsum(shares) / len(shares)
+
+
+@torch.no_grad()
+def class_bits(model: Model, prompts: Sequence[str], scales: Schedule, steps: SamplingPlan, seed: int) -> ClassBits:
+    """Class samples of a model as bits, drawn with seeds seed, seed + 1 ..., with its own certainty of each bit."""
+    assert model.transformer is not None
+    assert model.text_encoder is not None
+    parts, margins = [], []
+    for start in range(0, len(prompts), DRAWN_AT_ONCE):
+        some = prompts[start : start + DRAWN_AT_ONCE]
+        text = model.text_encoder.encode(some)
+        seeds = range(seed + start, seed + start + len(some))
+        drawn = draw_bits(model.transformer, text, scales, steps, seeds)
+        bits = [scale.clone() for scale in drawn.bits]
+        _, inputs = as_positions(bits, pyramid.inputs_from_bits(bits, scales), scales)
+        pairs = torch.unflatten(model.transformer(inputs, text, scales), -1, (-1, 2))
+        parts.append([scale.cpu() for scale in bits])
+        margins.append((pairs[..., 1] - pairs[..., 0]).cpu())
+    joined = [torch.cat(scale) for scale in zip(*parts, strict=True)]
+    return ClassBits(joined, torch.cat(margins), tuple(prompts), scales)
+
+
+def bits_to_rows(bits: Sequence[Tensor], scales: Schedule) -> Tensor:
+    """Bits (M, C, h, w) per scale as positions (M, L, K), to be stored."""
+    return torch.cat([to_positions(scale, scales.cell) for scale in bits], dim=1)
+
+
+def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability (B, L, K) of each bit, in nats."""
+    pairs = torch.unflatten(logits.float(), -1, (-1, 2))
+    margin = pairs[..., 1] - pairs[..., 0]
+    return nn.functional.logsigmoid(torch.where(targets, margin, -margin))
+
+
+def _drawn_from(captions: Sequence[str], generator: torch.Generator) -> str:
+    return captions[int(torch.randint(len(captions), (), generator=generator))]

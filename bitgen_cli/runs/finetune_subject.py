@@ -1,0 +1,602 @@
+"""`bitgen finetune-subject`: a few photos to a subject file that `bitgen sample` finds by its token."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bitgen_cli import __version__
+from bitgen_cli.config import Config, SubjectTraining
+from bitgen_cli.engine.checkpoint import RunFolder
+from bitgen_cli.engine.data import SUFFIXES, load_picture, to_float, to_tensor
+from bitgen_cli.engine.device import bf16_is_fast
+from bitgen_cli.engine.model_folder import (
+    TOKENIZER_FILE,
+    TRANSFORMER_FILE,
+    Model,
+    find_model,
+    fingerprint,
+    load_model,
+    save_model,
+)
+from bitgen_cli.engine.sampling import plan
+from bitgen_cli.engine.scales import Schedule, nearest_ratio, schedule
+from bitgen_cli.engine.subject import (
+    Header,
+    Subject,
+    Worn,
+    check_token,
+    find_subject,
+    read_subject,
+    registered_file,
+    wearing,
+)
+from bitgen_cli.engine.subject_stage import (
+    CLASS,
+    SUBJECT,
+    UNRELATED,
+    ClassBits,
+    Lesson,
+    Probe,
+    SubjectStage,
+    class_bits,
+    kind_of,
+)
+from bitgen_cli.engine.tensors import save_tensors, stored_dtype
+from bitgen_cli.engine.tokenizer import Tokenizer
+from bitgen_cli.errors import InputError, UsageError
+from bitgen_cli.files import atomic_path, explain, read_json, write_json
+from bitgen_cli.presets import DEFAULT, Resolved, resolve_for_model
+from bitgen_cli.report import Report
+from bitgen_cli.runs.gen_priors import PriorOptions, gen_priors, read_priors, with_article
+from bitgen_cli.runs.train import TrainResult, fit, prepare_device
+
+VERB = "finetune-subject"
+LESSONS, CAPTIONS = "lessons.safetensors", "lessons.json"
+FEW = 3
+"""Fewer photos than this are warned of."""
+MANY = 64
+"""More photos than this are no few photos any more, but a data set."""
+
+
+@dataclass(frozen=True)
+class SubjectOptions:
+    """What to learn and how; None leaves a value to the recipe.
+
+    Attributes:
+        photos: folder of the photos, or a photo.
+        class_word: what kind of thing the subject is.
+        token: what prompts call it.
+        name: it is kept under; None takes the token's letters.
+        model: `demo`, a model folder or a run folder.
+        out: folder of the run; None makes one in the current folder.
+        priors: folder of class pictures; None keeps those of the base model among the user's data.
+        preset: whose recipe is taken; None takes the built-in model's for that model, else the defaults.
+        config_file, overrides, flags: as in presets.resolve.
+        merge: a whole model folder with the subject in it is written there too.
+        overwrite: whether a subject of that name may be replaced.
+        device: as in engine.device.
+    """
+
+    photos: Path
+    class_word: str
+    token: str = "[V]"
+    name: str | None = None
+    model: str = "demo"
+    out: Path | None = None
+    priors: Path | None = None
+    preset: str | None = None
+    config_file: Path | None = None
+    overrides: tuple[str, ...] = ()
+    flags: Mapping[str, Any] | None = None
+    merge: Path | None = None
+    overwrite: bool = False
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class SubjectResult:
+    """What was learned.
+
+    Attributes:
+        name: the subject is known under.
+        token, class_word: what prompts call it.
+        file: the registered subject file.
+        run: its folder.
+        steps: done in all.
+        validation: losses and drift after the last step (SubjectStage.validate).
+        merged: the whole model folder, when one was asked for.
+        seconds: this call took.
+    """
+
+    name: str
+    token: str
+    class_word: str
+    file: Path
+    run: Path
+    steps: int
+    validation: dict[str, float]
+    merged: Path | None
+    seconds: float
+
+    @property
+    def phrase(self) -> str:
+        """What prompts say for it."""
+        return f"{self.token} {self.class_word}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain JSON values."""
+        merged = None if self.merged is None else str(self.merged)
+        return {**asdict(self), "file": str(self.file), "run": str(self.run), "merged": merged}
+
+
+def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
+    """Learns a subject and registers it under its name.
+
+    Raises:
+        UsageError: options that do not fit the model or each other, a name that is taken, a token that is a word.
+        InputError: no photos, unreadable ones, or a model that cannot be read.
+        ResourceError: no such device, not enough memory, or no space left.
+        DivergedError: the loss is no longer a number; the last checkpoint is good.
+        Interrupted: stopped by the user; the run is saved.
+    """
+    started = time.perf_counter()
+    class_word = " ".join(options.class_word.split())
+    if not class_word:
+        raise UsageError("--class is empty", "say what kind of thing it is, for example --class dog")
+    name = options.name or _name_of(options.token)
+    target = registered_file(name)
+    if target.exists() and not options.overwrite:
+        raise UsageError(f"a subject {name} is known already", "--name gives another name, --overwrite replaces it")
+    device = prepare_device(options.device)
+    run = RunFolder(options.out or Path(f"subject-{name}"))
+    run.refuse_used()
+    files = find_photos(options.photos, report)
+    photos = [load_picture(file) for file in files]
+    folder = find_model(options.model)
+    model = _whole_model(folder, options.model, device)
+    assert model.text_encoder is not None
+    check_token(options.token, model.text_encoder)
+    resolved = _resolve(options, model, device)
+    training = _training(resolved.config)
+    header = _header(options, class_word, model, resolved.config, files)
+
+    _learn_token(model, header)
+    lessons = _photo_lessons(photos, files, header, model, training, device)
+    if any(_cut(model, caption) for lesson in lessons for caption in lesson.captions):
+        report.notice("captions longer than the text encoder takes are cut")
+    priors, distilled = _class_samples(options, header, model, resolved.config, device, report)
+    run.create(
+        {
+            "verb": VERB,
+            "name": name,
+            "model": str(folder.resolve()) if options.model != "demo" else "demo",
+            "header": header.model_dump(mode="json"),
+            "config": resolved.config.model_dump(mode="json"),
+            "origins": resolved.origins,
+            "merge": None if options.merge is None else str(options.merge.expanduser().resolve()),
+        }
+    )
+    _save_lessons(run, lessons, priors, distilled)
+    stage = _stage(resolved.config, model, lessons, priors, distilled, header, device)
+    trained = fit(SUBJECT, stage, resolved.config, run, report, device, started)
+    return _finish(name, header, run, trained, model, options.merge, report, started)
+
+
+def resume_subject(
+    run: RunFolder, description: dict[str, Any], report: Report, *, steps: int | None, device: str
+) -> SubjectResult:
+    """Continues a run of `finetune_subject` from its last whole checkpoint; the photos are not needed any more.
+
+    Raises: as `finetune_subject`; InputError also when the base model is another one by now.
+    """
+    started = time.perf_counter()
+    file = run.path / "config.json"
+    try:
+        name, base, merge = description["name"], description["model"], description["merge"]
+        header = Header.model_validate(description["header"])
+        config = Config.model_validate(description["config"])
+    except (KeyError, ValidationError) as error:
+        raise InputError(f"{file} does not describe a training: {error}") from error
+    training = _training(config)
+    if steps is not None:
+        training = training.model_copy(update={"steps": training.steps + steps})
+        config = config.model_copy(update={"training": config.training.model_copy(update={"subject": training})})
+    done = max(run.steps(), default=0)
+    if done >= training.steps:
+        raise UsageError(f"{run.path} is finished: {done} of {training.steps} steps", "--steps N trains N more")
+    where = prepare_device(device)
+    model = _whole_model(find_model(base), base, where)
+    if model.fingerprints != header.base:
+        raise InputError(f"the base model {base} has changed since {run.path} was begun", "learn the subject again")
+    _learn_token(model, header)
+    photos, priors, distilled = _load_lessons(run, model, config)
+    stage = _stage(config, model, photos, priors, distilled, header, where)
+    if steps is not None:
+        run.describe({**description, "config": config.model_dump(mode="json")})
+    trained = fit(SUBJECT, stage, config, run, report, where, started, resumed=True)
+    return _finish(name, header, run, trained, model, None if merge is None else Path(merge), report, started)
+
+
+def merge_subject(name: str, base: str, out: Path, report: Report) -> Path:
+    """Writes a whole model folder with a subject in it, and returns that folder.
+
+    Args:
+        name: of the subject, or its file.
+        base: the model it was learned on.
+        out: the folder, new or empty.
+
+    Raises:
+        UsageError: no such subject, one of another model, or a folder that is in use.
+        InputError: a file cannot be read or written.
+    """
+    subject = find_subject(name)
+    model = _whole_model(find_model(base), base, torch.device("cpu"))
+    return _merge(subject, model, out, report)
+
+
+# -- photos ------------------------------------------------------------------------------------------------------------
+
+
+def find_photos(place: Path, report: Report) -> list[Path]:
+    """The photos of a folder, by name; what else lies there is named.
+
+    Raises:
+        InputError: no such folder, or no photos in it.
+        UsageError: far too many.
+    """
+    place = place.expanduser()
+    if place.is_file():
+        found, others = [place], []
+    elif place.is_dir():
+        try:
+            entries = sorted(entry for entry in place.iterdir() if not entry.name.startswith("."))
+        except OSError as error:
+            raise explain(error, place, "read") from error
+        found = [entry for entry in entries if entry.is_file() and entry.name.lower().endswith(SUFFIXES)]
+        captions = {entry.with_suffix(".txt") for entry in found}
+        others = [entry.name for entry in entries if entry not in found and entry not in captions]
+    else:
+        raise InputError(f"no photos at {place}: it does not exist", "give the folder of 3 to 5 photos")
+    if not found:
+        raise InputError(f"no photos in {place}", f"looked for {', '.join(SUFFIXES)}")
+    if others:
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        report.notice(f"not photos, left out: {shown}")
+    if len(found) > MANY:
+        raise UsageError(f"{len(found)} photos in {place}: at most {MANY}", "3 to 5 good ones teach a subject best")
+    if len(found) < FEW:
+        count = "only 1 photo" if len(found) == 1 else f"only {len(found)} photos"
+        report.warning(f"{count}: 3 to 5 on different grounds teach better")
+    return found
+
+
+def _captions(file: Path, header: Header, training: SubjectTraining) -> tuple[str, ...]:
+    """What a photo may be called: its own caption, else the templates."""
+    subject = f"{header.token} {header.class_word}"
+    own = file.with_suffix(".txt")
+    if own.is_file():
+        try:
+            text = " ".join(own.read_text(encoding="utf-8-sig").split())
+        except OSError as error:
+            raise explain(error, own, "read") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{own} is not UTF-8 text", "save it as UTF-8") from error
+        caption = text.replace("{subject}", subject)
+        if header.token not in caption:
+            raise InputError(f"{own} names neither {{subject}} nor {header.token}", f'for example "a {subject}"')
+        return (caption,)
+    return tuple(template.replace("{subject}", subject) for template in training.photo_templates)
+
+
+def views(photo: Image.Image, size: tuple[int, int], training: SubjectTraining, number: int) -> list[Tensor]:
+    """Crops of a photo as (3, h, w) uint8 of the size (h, w); the first is the largest one at the centre.
+
+    Args:
+        photo: RGB, upright.
+        size: of the crops.
+        training: how many, how much smaller, and whether half of them are mirrored.
+        number: of the photo: decides the crops together with the recipe's seed.
+    """
+    rng = random.Random(f"{training.seed}:{number}")
+    height, width = size
+    whole = min(photo.width / width, photo.height / height)
+    left, top = (photo.width - whole * width) / 2, (photo.height - whole * height) / 2
+    found = []
+    for index in range(training.views):
+        less = 0.0 if index == 0 else rng.uniform(0, training.crop)
+        x, y = rng.random() * less * whole * width, rng.random() * less * whole * height
+        side = whole * (1 - less)
+        box = (left + x, top + y, left + x + side * width, top + y + side * height)
+        crop = photo.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3])))
+        if training.flip and index % 2:
+            crop = ImageOps.mirror(crop)
+        found.append(to_tensor(crop, size))
+    return found
+
+
+def _photo_lessons(
+    photos: Sequence[Image.Image],
+    files: Sequence[Path],
+    header: Header,
+    model: Model,
+    training: SubjectTraining,
+    device: torch.device,
+) -> list[Lesson]:
+    lessons = []
+    for number, (photo, file) in enumerate(zip(photos, files, strict=True)):
+        scales = _schedule(model, photo.height / photo.width if training.buckets else 1.0)
+        crops = views(photo, scales.pixels(model.config.tokenizer.patch_size), training, number)
+        captions = _captions(file, header, training)
+        lessons += [Lesson(latent, captions, scales) for latent in _latents(torch.stack(crops), model, device)]
+    return lessons
+
+
+@torch.inference_mode()
+def _latents(pixels: Tensor, model: Model, device: torch.device) -> Tensor:
+    """(M, C, H, W) of pictures (M, 3, h, w) uint8, on the CPU, a few at a time."""
+    assert isinstance(model.tokenizer, Tokenizer)
+    tokenizer = model.tokenizer.to(device)
+    dtype = next(tokenizer.parameters()).dtype
+    found = [tokenizer.latent(to_float(part.to(device)).to(dtype)).float().cpu() for part in torch.split(pixels, 4)]
+    return torch.cat(found).clone()
+
+
+def _schedule(model: Model, ratio: float) -> Schedule:
+    scales = model.config.scales
+    return schedule(scales, patchify=model.config.transformer.patchify, ratio=nearest_ratio(ratio, scales))
+
+
+# -- class samples -----------------------------------------------------------------------------------------------------
+
+
+def _class_samples(
+    options: SubjectOptions, header: Header, model: Model, config: Config, device: torch.device, report: Report
+) -> tuple[list[Lesson], ClassBits | None]:
+    """What keeps the class: pictures that the base model made or the user has, or the base model's own bits."""
+    training = _training(config)
+    if training.prior == "none" or training.prior_weight == 0:
+        return [], None
+    scales = _schedule(model, 1.0)
+    prompts = [with_article(template, header.class_word) for template in training.prior_templates]
+    if training.prior == "distill":
+        wanted = [prompts[i % len(prompts)] for i in range(training.prior_images)]
+        return [], class_bits(model, wanted, scales, plan(config.sampling, len(scales)), training.seed)
+    made = gen_priors(
+        PriorOptions(
+            class_word=header.class_word,
+            count=training.prior_images,
+            model=options.model,
+            output=options.priors,
+            templates=tuple(training.prior_templates),
+            device=options.device,
+        ),
+        report,
+        model,
+    )
+    found = read_priors(made.folder, header.class_word, model.fingerprints)
+    size = scales.pixels(model.config.tokenizer.patch_size)
+    pixels = torch.stack([to_tensor(load_picture(prior.file), size) for prior in found])
+    latents = _latents(pixels, model, device)
+    return [Lesson(latent, (prior.prompt,), scales) for latent, prior in zip(latents, found, strict=True)], None
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def _whole_model(folder: Path, name: str, device: torch.device) -> Model:
+    model = load_model(folder, device=device)
+    if model.transformer is None or model.text_encoder is None or model.tokenizer is None:
+        raise InputError(f"the model {name} has no transformer and text encoder yet", "bitgen train makes one")
+    return model
+
+
+def _resolve(options: SubjectOptions, model: Model, device: torch.device) -> Resolved:
+    """The model's configuration with the recipe; bfloat16 where the device is faster with it and nobody chose."""
+    stored = {
+        "name": options.model,
+        "model": model.config.model_dump(mode="json"),
+        "sampling": model.sampling.model_dump(mode="json"),
+        "training": {SUBJECT: {}},
+    }
+    preset = options.preset or ("demo" if options.model == "demo" else None)
+    resolved = resolve_for_model(
+        stored,
+        SUBJECT,
+        where=f"the model {options.model}",
+        preset=preset,
+        config_file=options.config_file,
+        overrides=options.overrides,
+        flags=options.flags or {},
+    )
+    if resolved.origins["training.subject.precision"] != DEFAULT or not bf16_is_fast(device):
+        return resolved
+    training = _training(resolved.config).model_copy(update={"precision": "bf16"})
+    stages = resolved.config.training.model_copy(update={SUBJECT: training})
+    config = resolved.config.model_copy(update={"training": stages})
+    return Resolved(config, {**resolved.origins, "training.subject.precision": f"device {device.type}"})
+
+
+def _training(config: Config) -> SubjectTraining:
+    training = config.training.subject
+    if training is None:
+        raise InputError(f"{config.name} has no recipe for subjects")
+    return training
+
+
+def _header(
+    options: SubjectOptions, class_word: str, model: Model, config: Config, files: Sequence[Path]
+) -> Header:
+    training = _training(config)
+    recipe = training.model_dump(mode="json")
+    return Header(
+        token=options.token,
+        class_word=class_word,
+        kind=kind_of(training.train),
+        scale=training.lora_alpha / training.lora_rank,
+        base=model.fingerprints,
+        base_name=options.model,
+        recipe={"bitgen": __version__, "sampling": config.sampling.model_dump(mode="json"), **recipe},
+        pictures=[{"file": file.name, "sha256": fingerprint(file)} for file in files],
+    )
+
+
+def _learn_token(model: Model, header: Header) -> None:
+    assert model.text_encoder is not None
+    model.text_encoder.learn(header.token, model.text_encoder.embedding_of(header.class_word))
+
+
+def _cut(model: Model, caption: str) -> bool:
+    assert model.text_encoder is not None
+    return model.text_encoder.is_cut(caption)
+
+
+def _stage(
+    config: Config,
+    model: Model,
+    photos: Sequence[Lesson],
+    priors: Sequence[Lesson],
+    distilled: ClassBits | None,
+    header: Header,
+    device: torch.device,
+) -> SubjectStage:
+    training = _training(config)
+    probes = [
+        Probe(SUBJECT, _probe(training, f"{header.token} {header.class_word}")),
+        Probe(CLASS, _probe(training, header.class_word)),
+        Probe(UNRELATED, _repeated(training.unrelated_prompts, training.validation_images)),
+    ]
+    return SubjectStage(config, model, photos, priors, distilled, header, probes, _schedule(model, 1.0), device)
+
+
+PLACES = ("", " on the moon", " on the beach", " in the snow")
+"""Where the subject and its class are looked at while it is learned."""
+
+
+def _probe(training: SubjectTraining, thing: str) -> tuple[str, ...]:
+    return _repeated([with_article("a {class}", thing) + place for place in PLACES], training.validation_images)
+
+
+def _repeated(prompts: Sequence[str], count: int) -> tuple[str, ...]:
+    """At least one, at most `count` prompts, in turn."""
+    return tuple(prompts[i % len(prompts)] for i in range(max(1, count)))
+
+
+def _save_lessons(
+    run: RunFolder, photos: Sequence[Lesson], priors: Sequence[Lesson], distilled: ClassBits | None
+) -> None:
+    """Keeps what is learned from in the run folder, so that resuming needs neither photos nor class pictures."""
+    tensors = {f"photo.{i}": lesson.latent for i, lesson in enumerate(photos)}
+    tensors |= {f"prior.{i}": lesson.latent for i, lesson in enumerate(priors)}
+    captions: dict[str, Any] = {
+        "photos": [{"captions": lesson.captions, "ratio": lesson.schedule.ratio} for lesson in photos],
+        "priors": [{"captions": lesson.captions, "ratio": lesson.schedule.ratio} for lesson in priors],
+        "distilled": None,
+    }
+    if distilled is not None:
+        tensors |= {f"bits.{k}": bits for k, bits in enumerate(distilled.bits)} | {"margins": distilled.margins}
+        captions["distilled"] = distilled.captions
+    try:
+        run.start.mkdir(exist_ok=True)
+    except OSError as error:
+        raise explain(error, run.start, "create") from error
+    with atomic_path(run.start / LESSONS) as temporary:
+        save_tensors(tensors, temporary)
+    write_json(run.start / CAPTIONS, captions)
+
+
+def _load_lessons(run: RunFolder, model: Model, config: Config) -> tuple[list[Lesson], list[Lesson], ClassBits | None]:
+    stored = read_json(run.start / CAPTIONS)
+    file = run.start / LESSONS
+    try:
+        tensors = load_file(file)
+        found = {
+            part: [
+                Lesson(tensors[f"{part}.{i}"], tuple(row["captions"]), _schedule(model, float(row["ratio"])))
+                for i, row in enumerate(stored[f"{part}s"])
+            ]
+            for part in ("photo", "prior")
+        }
+        if stored["distilled"] is None:
+            return found["photo"], found["prior"], None
+        scales = _schedule(model, 1.0)
+        bits = [tensors[f"bits.{k}"] for k in range(len(scales))]
+        return found["photo"], found["prior"], ClassBits(bits, tensors["margins"], tuple(stored["distilled"]), scales)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{run.start} does not hold what the run learns from: {error}") from error
+    except OSError as error:
+        raise explain(error, file, "read") from error
+
+
+def _finish(
+    name: str,
+    header: Header,
+    run: RunFolder,
+    trained: TrainResult,
+    model: Model,
+    merge: Path | None,
+    report: Report,
+    started: float,
+) -> SubjectResult:
+    """Registers the subject and warns when its class has become it."""
+    target = registered_file(name)
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(run.subject.read_bytes())
+    seen = trained.validation
+    if seen.get("val_class_as_subject", 0.0) > seen.get("val_class_agreement", 1.0):
+        report.warning(
+            f"pictures of a {header.class_word} without the token have become more like {header.token} than like "
+            "those of the base model; fewer steps or a larger --prior-weight keep the class"
+        )
+    merged = None
+    if merge is not None:
+        fresh = _whole_model(model.folder, header.base_name, torch.device("cpu"))
+        merged = _merge(read_subject(target, name), fresh, merge, report)
+    return SubjectResult(
+        name=name,
+        token=header.token,
+        class_word=header.class_word,
+        file=target,
+        run=run.path,
+        steps=trained.steps,
+        validation=seen,
+        merged=merged,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _merge(subject: Subject, model: Model, out: Path, report: Report) -> Path:
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UsageError(f"{out} is not empty", "choose a new folder for the merged model")
+    assert model.text_encoder is not None
+    with wearing(model, [Worn(subject)]):
+        model.text_encoder.settle()
+        save_model(
+            out,
+            model.config,
+            model.sampling,
+            tokenizer=model.folder / TOKENIZER_FILE,
+            transformer=model.transformer,
+            text_encoder=model.text_encoder,
+            dtype=stored_dtype(model.folder / TRANSFORMER_FILE),
+        )
+    return out
+
+
+def _name_of(token: str) -> str:
+    """A token's letters as the name of its subject."""
+    letters = "".join(c for c in token.lower() if c.isascii() and (c.isalnum() or c in "-_")).strip("-_")
+    if not letters:
+        raise UsageError(f"--token {token} gives the subject no name", "give one with --name")
+    return letters

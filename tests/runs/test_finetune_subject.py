@@ -1,0 +1,375 @@
+"""`bitgen finetune-subject`: from photos to a subject that `bitgen sample` draws, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_model
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from bitgen_cli.engine.model_folder import load_model
+from bitgen_cli.engine.subject import HEADER, PREFIX, ROW, START, Worn, find_subject, read_subject, wearing
+from bitgen_cli.errors import BitgenError, ConfigError, InputError, Interrupted, UsageError
+from bitgen_cli.report import Silent
+from bitgen_cli.runs.finetune_subject import SubjectOptions, SubjectResult, finetune_subject, merge_subject, views
+from bitgen_cli.runs.resume import resume
+from bitgen_cli.runs.sample import SampledPicture, SampleOptions, sample
+
+FLAGS: dict[str, Any] = {
+    "steps": 6,
+    "batch_size": 2,
+    "accumulation": 2,
+    "log_every": 1,
+    "validate_every": 4,
+    "validation_images": 2,
+    "sample_every": 4,
+    "save_every": 3,
+    "ema_decay": 0.9,
+    "prior_images": 4,
+    "views": 2,
+    "lora_rank": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model.save(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model.photos(tmp_path_factory.mktemp("photos") / "dog")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's data folder and current folder of their own for every test."""
+    monkeypatch.setenv("BITGEN_HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "home"
+
+
+def learn(
+    model: Path, photos: Path, report: Silent | None = None, *, flags: Mapping[str, Any] | None = None, **options: Any
+) -> SubjectResult:
+    given = {f"training.subject.{key}": value for key, value in {**FLAGS, **(flags or {})}.items()}
+    made = SubjectOptions(photos=photos, model=str(model), flags=given, **{"class_word": "dog", **options})
+    return finetune_subject(made, report or Silent())
+
+
+def draw(model: Path, prompt: str, **options: Any) -> SampledPicture:
+    (picture,) = sample(SampleOptions(prompts=(prompt,), model=str(model), seed=1, **options), Silent()).pictures
+    return picture
+
+
+def pixels(picture: SampledPicture) -> bytes:
+    with Image.open(picture.path) as image:
+        return image.tobytes()
+
+
+def digest(folder: Path) -> str:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
+
+
+def test_photos_become_a_subject_that_sample_finds(model: Path, photos: Path, home: Path) -> None:
+    before = digest(model)
+    result = learn(model, photos)
+    assert digest(model) == before, "the base model on disk is untouched"
+    assert (result.name, result.token, result.steps) == ("v", "[V]", 6)
+    assert result.file == home / "subjects" / "v.safetensors"
+    measured = {"val_subject_loss", "val_prior_loss", "val_class_agreement", "val_class_as_subject"}
+    assert measured <= set(result.validation)
+    logged = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    assert all({"subject_loss", "prior_loss"} <= set(line) for line in logged if "loss" in line)
+    assert (result.run / "samples" / "step-0000004.png").is_file()
+
+    report = Silent()
+    options = SampleOptions(prompts=("a [V] dog on the moon", "a dog"), model=str(model), seed=1)
+    found, plain = sample(options, report).pictures
+    assert any("[V] is subject v, a dog" in notice for notice in report.notices)
+    assert [subject["name"] for subject in found.recipe["subjects"]] == ["v"]
+    assert plain.recipe["subjects"] == []
+    # the same call draws the prompt without the token with the base model, as a machine without subjects does
+    shutil.rmtree(home / "subjects")
+    assert pixels(draw(model, "a dog")) == pixels(plain)
+
+
+def test_the_file_says_everything(model: Path, photos: Path) -> None:
+    subject = read_subject(learn(model, photos).file)
+    header = subject.header
+    assert (header.token, header.class_word, header.kind, header.base_name) == ("[V]", "dog", "delta", str(model))
+    assert header.base == load_model(model, parts=()).fingerprints
+    assert header.recipe["steps"] == 6
+    assert [picture["file"] for picture in header.pictures] == ["0.png", "1.png", "2.png"]
+    assert header.pictures[0]["sha256"] == hashlib.sha256((photos / "0.png").read_bytes()).hexdigest()
+    tensors = subject.tensors()
+    assert {ROW, START} < set(tensors)
+    assert not torch.equal(tensors[ROW], tensors[START])
+    assert all(name.startswith(f"{PREFIX}transformer.blocks.") for name in set(tensors) - {ROW, START})
+
+
+@pytest.mark.parametrize(
+    ("train", "kind", "part"),
+    [
+        (["token"], "token", None),
+        (["token", "lora"], "lora", ".ffn.up.lora_A.weight"),
+        (["token", "cross"], "delta", ".cross_attention.q.weight.delta"),
+        (["token", "self"], "delta", ".self_attention.proj.weight.delta"),
+        (["token", "text"], "delta", "text_encoder.encoder.block.0.layer.0.SelfAttention.q.weight.delta"),
+        (["all"], "delta", "transformer.head.weight.delta"),
+    ],
+)
+def test_only_what_was_named_trains(model: Path, photos: Path, train: list[str], kind: str, part: str | None) -> None:
+    result = learn(model, photos, flags={"train": train, "steps": 2, "sample_every": 0, "validate_every": 2})
+    subject = find_subject(result.name)
+    tensors = subject.tensors()
+    others = set(tensors) - {ROW, START}
+    assert subject.header.kind == kind
+    assert any(name.endswith(part) for name in others) if part else not others
+    state = load_file(result.run / "checkpoints" / "step-0000002" / "optimizer.safetensors")
+    optimised = {name.rpartition("/")[0] for name in state}
+    assert len(optimised) == len(others) + 1, "frozen parts have no optimizer state"
+    assert not any("autoencoder" in name or "tokenizer" in name for name in optimised)
+    base = load_model(model)
+    assert base.transformer is not None
+    frozen = [p for p in base.transformer.parameters()]
+    with wearing(base, [Worn(subject)]):
+        assert draw(model, "a [V] dog").recipe["subjects"]
+    assert all(torch.equal(p, q) for p, q in zip(frozen, base.transformer.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("prior", ["images", "distill", "none"])
+@pytest.mark.parametrize("train", [["token", "cross", "ffn"], ["token", "lora", "text"]])
+def test_resumed_is_as_never_stopped(
+    model: Path, photos: Path, prior: str, train: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {"prior": prior, "train": train, "sample_every": 0}
+    straight = learn(model, photos, flags=flags, name="straight")
+    stopped = Path("stopped")
+
+    class Stopping(Silent):
+        def metrics(self, step: int, total_steps: int, values: Mapping[str, float]) -> None:
+            if step == 3 and "loss" in values:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        learn(model, photos, Stopping(), flags=flags, name="stopped", out=stopped)
+    result = resume(stopped, Silent())
+    assert isinstance(result, SubjectResult)
+    assert result.steps == 6
+    whole, halves = (load_file(r.file) for r in (straight, result))
+    assert whole.keys() == halves.keys()
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    assert straight.validation == result.validation
+
+
+def test_a_prior_of_no_weight_is_no_prior(model: Path, photos: Path) -> None:
+    flags = {"steps": 3, "sample_every": 0}
+    none = learn(model, photos, flags={**flags, "prior": "none"}, name="none")
+    weightless = learn(model, photos, flags={**flags, "prior_weight": 0}, name="weightless")
+    one, other = load_file(none.file), load_file(weightless.file)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    kept = load_file(learn(model, photos, flags=flags, name="kept").file)
+    assert not all(torch.equal(one[name], kept[name]) for name in one)
+
+
+def test_distillation_starts_at_nothing(model: Path, photos: Path) -> None:
+    result = learn(model, photos, flags={"prior": "distill", "steps": 1, "accumulation": 1, "sample_every": 0})
+    first = json.loads((result.run / "metrics.jsonl").read_text().splitlines()[0])
+    # the token is begun with the class word, the class is asked for without it: the base model's own distributions;
+    # drop path is on in training, so equality holds for the loss without chance
+    assert first["prior_loss"] >= 0
+    assert result.validation["val_prior_loss"] < 0.05
+
+
+def test_existing_class_pictures_are_used_again(model: Path, photos: Path) -> None:
+    learn(model, photos, name="one")
+    report = Silent()
+    learn(model, photos, report, name="two", flags={"prior_images": 4})
+    assert any("4" in notice and "dog" in notice for notice in report.notices)
+
+
+def test_merged_is_as_worn(model: Path, photos: Path, tmp_path: Path) -> None:
+    result = learn(model, photos, merge=tmp_path / "merged", flags={"train": ["token", "cross", "text"]})
+    assert result.merged == tmp_path / "merged"
+    worn = draw(model, "a [V] dog on the moon")
+    # the same file once more, by the command that merges alone
+    again = merge_subject("v", str(model), tmp_path / "again", Silent())
+    assert digest(again) == digest(tmp_path / "merged")
+    shutil.rmtree(result.file.parent)
+    assert pixels(draw(tmp_path / "merged", "a [V] dog on the moon", output="merged.png")) == pixels(worn)
+    with pytest.raises(UsageError, match="is not empty"):
+        merge_subject(str(result.run / "subject.safetensors"), str(model), again, Silent())
+
+
+def test_scale_zero_is_the_base_model(model: Path, photos: Path) -> None:
+    learn(model, photos, flags={"train": ["token", "lora"]})
+    weak = draw(model, "a [V] dog", subjects=("v:0",))
+    strong = draw(model, "a [V] dog", subjects=("v:1",))
+    assert pixels(weak) != pixels(strong)
+    base = load_model(model)
+    assert base.text_encoder is not None
+    base.text_encoder.learn("[V]", base.text_encoder.embedding_of("dog"))
+    assert weak.recipe["subjects"][0]["scale"] == 0
+    assert pixels(weak) == pixels(draw(model, "a dog dog"))
+
+
+def test_two_subjects_in_one_prompt(model: Path, photos: Path) -> None:
+    for name in ("rex", "tom"):
+        learn(model, photos, token=f"[{name}]", flags={"train": ["token", "lora"], "seed": len(name)})
+    both = draw(model, "a [rex] dog beside a [tom] dog")
+    assert [subject["name"] for subject in both.recipe["subjects"]] == ["rex", "tom"]
+    learn(model, photos, token="[max]")
+    with pytest.raises(UsageError, match="max changes whole weights"):
+        draw(model, "a [rex] dog beside a [max] dog")
+
+
+def test_nothing_is_silently_not_applied(model: Path, photos: Path, tmp_path: Path) -> None:
+    result = learn(model, photos)
+    with pytest.raises(UsageError, match=r"no subject is called \[W\].*\[V\] \(v, a dog\).*finetune-subject"):
+        draw(model, "a [W] dog")
+    with pytest.raises(UsageError, match=r"does not name \[V\]"):
+        draw(model, "a dog", subjects=("v",))
+    with pytest.raises(UsageError, match="no subject 'rex'"):
+        draw(model, "a [V] dog", subjects=("rex",))
+    other = tiny_model.save(tmp_path / "other", seed=9)
+    with pytest.raises(UsageError, match="another base model"):
+        draw(other, "a [V] dog")
+    with pytest.raises(UsageError, match="was learned on another base model"):
+        draw(other, "a [V] dog", subjects=(str(result.file),))
+    learn(model, photos, name="second")
+    with pytest.raises(UsageError, match="stands for several subjects: second, v"):
+        draw(model, "a [V] dog")
+    assert draw(model, "a [V] dog", subjects=("second",)).recipe["subjects"][0]["name"] == "second"
+
+
+def test_hostile_and_broken_subject_files(model: Path, photos: Path, tmp_path: Path) -> None:
+    result = learn(model, photos)
+    with safe_open(str(result.file), "pt") as stored:
+        header = json.loads(stored.metadata()[HEADER])
+    tensors = load_file(result.file)
+
+    def altered(name: str, tensors: dict[str, torch.Tensor] = tensors, **changes: Any) -> str:
+        file = tmp_path / f"{name}.safetensors"
+        save_file(tensors, file, metadata={HEADER: json.dumps({**header, **changes})})
+        return str(file)
+
+    (tmp_path / "cut.safetensors").write_bytes(result.file.read_bytes()[:-100])
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    some = next(name for name in tensors if name.endswith(".delta"))
+    for file, problem in {
+        str(tmp_path / "cut.safetensors"): "not a readable safetensors file",
+        str(tmp_path / "foreign.safetensors"): "is not a subject file",
+        str(tmp_path / "missing.safetensors"): "missing.safetensors",
+        altered("unknown-key", surprise=1): "surprise",
+        altered("kind", kind="pickle"): "kind",
+        altered("format", format=99): "format",
+        altered("width", {**tensors, ROW: torch.zeros(3), START: torch.zeros(3)}): "another width",
+        altered("rowless", {k: v for k, v in tensors.items() if k != ROW}): "does not fit",
+        altered("shape", {**tensors, some: torch.zeros(2)}): "another shape",
+        altered("stranger", {**tensors, f"{PREFIX}transformer.x.delta": torch.zeros(2)}): "does not fit",
+    }.items():
+        with pytest.raises(BitgenError, match=problem):
+            draw(model, "a [V] dog", subjects=(file,))
+
+
+def test_odd_photos(model: Path, tmp_path: Path) -> None:
+    folder = tiny_model.photos(tmp_path / "odd", 1)
+    picture = Image.open(folder / "0.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.resize((70, 40)).save(folder / "turned.JPG", exif=exif)
+    picture.convert("P").save(folder / "palette.png")
+    picture.convert("RGBA").save(folder / "alpha.webp")
+    (folder / "notes.md").write_text("no photo")
+    (folder / "0.txt").write_text("my {subject} on the moon")
+    report = Silent()
+    result = learn(model, folder, report, flags={"steps": 1, "prior": "none"})
+    assert any("left out: notes.md" in notice for notice in report.notices)
+    assert len(find_subject(result.name).header.pictures) == 4
+    stored = json.loads((result.run / "start" / "lessons.json").read_text())
+    assert stored["photos"][0]["captions"] == ["my [V] dog on the moon"]
+
+
+def test_buckets_give_photos_their_own_shape(model: Path, tmp_path: Path) -> None:
+    folder = tiny_model.photos(tmp_path / "tall", 1)
+    Image.open(folder / "0.png").resize((30, 62)).save(folder / "tall.png")
+    result = learn(model, folder, flags={"steps": 2, "buckets": True, "sample_every": 0})
+    stored = json.loads((result.run / "start" / "lessons.json").read_text())
+    assert [photo["ratio"] for photo in stored["photos"]] == [1.0, 1.0, 2.0, 2.0]
+
+
+def test_few_photos_warn_and_none_is_an_error(model: Path, tmp_path: Path) -> None:
+    report = Silent()
+    learn(model, tiny_model.photos(tmp_path / "one", 1), report, flags={"steps": 1, "prior": "none"})
+    assert any("only 1 photo" in notice for notice in report.notices)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no photos in"):
+        learn(model, tmp_path / "empty", name="x")
+    with pytest.raises(InputError, match="does not exist"):
+        learn(model, tmp_path / "nowhere", name="x")
+    broken = tiny_model.photos(tmp_path / "broken", 3)
+    (broken / "1.png").write_bytes((broken / "1.png").read_bytes()[:200])
+    with pytest.raises(InputError, match=r"1\.png"):
+        learn(model, broken, name="x")
+    (broken / "1.png").unlink()
+    (broken / "0.txt").write_text("a dog without its name")
+    with pytest.raises(InputError, match=r"0\.txt names neither"):
+        learn(model, broken, name="x")
+    assert not Path("subject-x").exists(), "a run that never began leaves nothing"
+
+
+def test_what_a_user_can_get_wrong(model: Path, photos: Path) -> None:
+    wrong: list[tuple[dict[str, Any], type[BitgenError], str]] = [
+        ({"token": "dog"}, UsageError, "ordinary word"),
+        ({"token": "my dog"}, UsageError, "cannot be a token"),
+        ({"token": ""}, UsageError, "token"),
+        ({"token": "[]"}, UsageError, "no name"),
+        ({"class_word": "  "}, UsageError, "class"),
+        ({"name": "../evil"}, UsageError, "cannot be the name"),
+        ({"name": "a/b"}, UsageError, "cannot be the name"),
+        ({"flags": {"train": ["everything"]}}, ConfigError, "training.subject.train"),
+        ({"flags": {"prior": "hope"}}, ConfigError, "training.subject.prior"),
+        ({"flags": {"photo_templates": ["a dog"]}}, ConfigError, "subject"),
+        ({"overrides": ("model.transformer.depth=9",)}, UsageError, "cannot be changed"),
+        ({"model": "nowhere"}, InputError, "no model at nowhere"),
+    ]
+    for options, kind, problem in wrong:
+        with pytest.raises(kind, match=problem):
+            learn(**{"model": model, "photos": photos, **options})
+    learn(model, photos, flags={"steps": 1, "prior": "none"})
+    with pytest.raises(UsageError, match="known already"):
+        learn(model, photos)
+    with pytest.raises(UsageError, match="already holds a run"):
+        learn(model, photos, overwrite=True)
+
+
+def test_views_are_crops_of_the_photo(model: Path) -> None:
+    training = load_training(views=6, crop=0.3)
+    photo = Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 40).convert("RGB")
+    crops = views(photo, (16, 16), training, 0)
+    assert [tuple(crop.shape) for crop in crops] == [(3, 16, 16)] * 6
+    assert len({crop.numpy().tobytes() for crop in crops}) == 6
+    again = views(photo, (16, 16), training, 0)
+    assert all(torch.equal(a, b) for a, b in zip(crops, again, strict=True))
+    mirrored = views(photo, (16, 16), load_training(views=6, crop=0.3, flip=True), 0)
+    assert [torch.equal(a, b) for a, b in zip(crops, mirrored, strict=True)] == [True, False] * 3
+
+
+def load_training(**changes: Any) -> Any:
+    from bitgen_cli.config import SubjectTraining
+
+    return SubjectTraining.model_validate(changes)
