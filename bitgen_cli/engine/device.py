@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from pathlib import Path
 
 import torch
 
@@ -63,6 +64,18 @@ def bf16_is_fast(device: torch.device) -> bool:
         has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
         return any(bool(check()) for check in (has_bf16, has_amx) if check is not None)
     return False
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device; None where nobody tells."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if available is None or device.type != "cpu" else int(available) * 1024
 
 
 def keep_freed_memory() -> None:

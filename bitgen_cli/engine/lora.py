@@ -49,13 +49,13 @@ def targets(transformer: Transformer, layers: Sequence[str]) -> Iterator[tuple[s
 
 def attach(transformer: Transformer, layers: Sequence[str], rank: int, alpha: float, seed: int) -> None:
     """Gives the layers adapters that change nothing yet; A is drawn from the seed on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for _, module in targets(transformer, layers):
         out, width = module.weight.shape
         adapter = Lora(width, out, rank, alpha / rank, module.weight.device)
         bound = 1 / math.sqrt(width)
         with torch.no_grad():
-            drawn = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
+            drawn = torch.empty(rank, width, device="cpu").uniform_(-bound, bound, generator=generator)
             adapter.lora_A.copy_(drawn)
         module.adapter = adapter
 

@@ -20,8 +20,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitgen_cli.config import Config, ModelConfig, TextEncoderConfig, TokenizerConfig, TransformerTraining
+from bitgen_cli.config import (
+    Config,
+    ModelConfig,
+    SubjectTraining,
+    TextEncoderConfig,
+    TokenizerConfig,
+    TransformerTraining,
+)
+from bitgen_cli.engine import lora
 from bitgen_cli.engine.autoencoder import Decoder, Encoder
+from bitgen_cli.engine.lora import LAYERS
+from bitgen_cli.engine.parts import is_trained
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import InputError
@@ -291,6 +301,86 @@ def transformer_training_memory(
     )
 
 
+def subject_training_memory(
+    config: Config, counts: Parameters, schedule: Schedule, text_tokens: int, *, autoencoder: bool
+) -> TrainingMemory:
+    """Memory of learning a subject; only what `train` names has gradients and optimizer state.
+
+    Args:
+        config: its training.subject must be there.
+        counts: parameters of the model.
+        schedule: scales of the photos and class samples.
+        text_tokens: of the longest caption.
+        autoencoder: whether it shares the device; on a GPU it comes for picture grids alone, when gradients are gone.
+    """
+    training = config.training.subject
+    assert training is not None
+    number = BYTES[training.precision]
+    parts = set[str](training.train)
+    trained = _subject_parameters(config.model, training, counts)
+    text = counts.text_encoder or 0
+    frozen = counts.transformer + text + (counts.tokenizer if autoencoder else 0)
+    if training.train != ["token"]:
+        frozen -= 0 if "lora" in parts and parts <= {"lora", "token"} else trained
+    rows = training.batch_size * (1 if training.prior == "none" or training.prior_weight == 0 else 2)
+    kept = rows * _subject_kept(config.model, training, schedule, text_tokens)
+    copies = 0 if number == FP32 else trained * BF16
+    return TrainingMemory(
+        weights=2 * trained * FP32,  # the base model's values are kept beside them
+        gradients=trained * FP32,
+        optimizer=trained * _ADAM,
+        average=trained * FP32 if training.ema_decay else 0,
+        frozen=max(0, frozen) * number,
+        activations=kept + copies,
+        together=training.accumulation > 1 or training.checkpoint_activations,
+    )
+
+
+def _subject_parameters(model: ModelConfig, training: SubjectTraining, counts: Parameters) -> int:
+    """Parameters that learn a subject; the token's row is left out."""
+    parts = set[str](training.train)
+    with torch.device("meta"):
+        transformer = Transformer(model)
+        if "lora" in parts:
+            lora.attach(transformer, training.lora_layers, training.lora_rank, training.lora_alpha, seed=0)
+    found = sum(p.numel() for name, p in transformer.named_parameters() if is_trained(f"transformer.{name}", parts))
+    if parts & {"text", "all"} and counts.text_encoder is not None:
+        geometry = text_geometry(model.text_encoder)
+        assert geometry is not None
+        found += counts.text_encoder - geometry.vocabulary * geometry.width
+    return found
+
+
+def _subject_kept(model: ModelConfig, training: SubjectTraining, schedule: Schedule, text_tokens: int) -> int:
+    """Bytes a picture keeps for the backward pass when some layers are frozen.
+
+    A frozen linear layer does not keep its input: two tensors of the width in self-attention and in cross-attention,
+    one and the hidden one in the feed-forward layer. Without a gradient to the text four more tensors of the width need
+    not be kept: what the gates and the norms' scales multiply. What comes before the first layer that learns is not
+    kept at all; without self-attention that saves about two more.
+    """
+    geometry = model.transformer
+    number = BYTES[training.precision]
+    parts = set[str](training.train)
+    learning = set(LAYERS) if "all" in parts else parts & set(LAYERS)
+    if "lora" in parts:
+        learning |= set(training.lora_layers)
+    to_text = bool(parts & {"token", "text", "all"})
+    for_width, for_ffn = _BLOCK_BYTES[number]
+    for_width -= number * (2 * ("self" not in learning) + 2 * ("cross" not in learning) + ("ffn" not in learning))
+    for_width -= 0 if to_text else number * (4 if "self" in learning else 6)
+    for_ffn -= number * ("ffn" not in learning)
+    positions = schedule.positions
+    block = positions * (geometry.width * for_width + geometry.ffn_width * for_ffn)
+    text_kv = geometry.depth * 2 * text_tokens * geometry.width * number
+    around = positions * (3 * geometry.width + 6 * model.bits_per_position) * FP32
+    if training.checkpoint_activations:
+        blocks = geometry.depth * positions * geometry.width * FP32 + block
+    else:
+        blocks = geometry.depth * block
+    return blocks + text_kv + around + (_t5_kept(model, number, text_tokens) if to_text else 0)
+
+
 def _transformer_kept(model: ModelConfig, training: TransformerTraining, schedule: Schedule) -> int:
     """Bytes a picture keeps for the backward pass of the transformer and of a text encoder trained with it.
 
@@ -315,12 +405,15 @@ def _transformer_kept(model: ModelConfig, training: TransformerTraining, schedul
 
 def _text_kept(model: ModelConfig, number: int) -> int:
     """Bytes a prompt keeps for the backward pass of a text encoder that is trained."""
-    if model.text_encoder.source != "new":
-        return 0
+    return _t5_kept(model, number, model.transformer.text_length) if model.text_encoder.source == "new" else 0
+
+
+def _t5_kept(model: ModelConfig, number: int, tokens: int) -> int:
+    """Bytes a prompt of so many tokens keeps for the backward pass of its encoder; 0 where that is not known."""
     geometry = text_geometry(model.text_encoder)
-    assert geometry is not None
+    if geometry is None:
+        return 0
     for_width, for_ffn = _T5_BYTES[number]
-    tokens = model.transformer.text_length
     attention = geometry.heads * tokens * FP32
     return geometry.layers * tokens * (geometry.width * for_width + geometry.ffn_width * for_ffn + attention)
 

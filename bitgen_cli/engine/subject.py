@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from bitgen_cli.engine.lora import product
 from bitgen_cli.engine.model_folder import Model, fingerprint
+from bitgen_cli.engine.parts import SubjectKind
 from bitgen_cli.engine.tensors import save_tensors
 from bitgen_cli.engine.text import TextEncoder
 from bitgen_cli.errors import InputError, UsageError
@@ -40,8 +41,6 @@ LONGEST_TOKEN = 40
 
 _IN_BRACKETS = re.compile(r"\[[^\[\]\s]+\]")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-Kind = Literal["token", "lora", "delta"]
 
 
 class Header(BaseModel):
@@ -63,7 +62,7 @@ class Header(BaseModel):
     format: Literal[1] = 1
     token: str = Field(min_length=1, max_length=LONGEST_TOKEN)
     class_word: str = Field(min_length=1)
-    kind: Kind
+    kind: SubjectKind
     scale: float = Field(default=1.0, allow_inf_nan=False)
     base: dict[str, str]
     base_name: str

@@ -26,10 +26,11 @@ from bitgen_cli.engine.data import save_grid
 from bitgen_cli.engine.device import DTYPES
 from bitgen_cli.engine.losses import bit_loss, distillation_loss
 from bitgen_cli.engine.model_folder import Model
+from bitgen_cli.engine.parts import ADAPTER, is_trained
 from bitgen_cli.engine.sampling import Drawn, SamplingPlan, draw_bits, plan
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.self_correction import flipper
-from bitgen_cli.engine.subject import DELTA, PREFIX, ROW, START, Header, Kind, save_subject
+from bitgen_cli.engine.subject import DELTA, PREFIX, ROW, START, Header, save_subject
 from bitgen_cli.engine.text import TextEncoder
 from bitgen_cli.engine.trainer import grouped
 from bitgen_cli.engine.transformer import TextFeatures, Transformer
@@ -39,7 +40,6 @@ from bitgen_cli.files import write_text
 GRID_COLUMNS = 8
 DRAWN_AT_ONCE = 8
 SUBJECT, CLASS, UNRELATED = "subject", "class", "unrelated"
-_ADAPTER = ".adapter."
 
 
 @dataclass(frozen=True)
@@ -407,8 +407,8 @@ class SubjectStage:
         for name, parameter in self.module.named_parameters():
             if parameter is row or name not in self._base:
                 continue
-            if _ADAPTER in name:
-                found[f"{PREFIX}{name.replace(_ADAPTER, '.')}.weight"] = parameter.detach()
+            if ADAPTER in name:
+                found[f"{PREFIX}{name.replace(ADAPTER, '.')}.weight"] = parameter.detach()
             else:
                 own = name.replace("text_encoder.model.", "text_encoder.", 1)
                 found[f"{PREFIX}{own}{DELTA}"] = parameter.detach() - self._base[name]
@@ -440,29 +440,6 @@ class _Batch:
         targets = torch.cat((first.targets, second.targets))
         inputs = torch.cat((first.inputs, second.inputs))
         return _Batch(first.schedule, targets, inputs, TextFeatures.join([first.text, second.text]), None)
-
-
-def is_trained(name: str, parts: set[str]) -> bool:
-    """Whether a parameter of `Taught` belongs to the parts that train.
-
-    `all` is everything but the autoencoder and the table of embeddings, in which only the token has a row to learn.
-    """
-    if name.startswith("text_encoder.rows."):
-        return bool(parts & {"token", "all"})
-    if _ADAPTER in name:
-        return "lora" in parts
-    if name.startswith("text_encoder."):
-        return bool(parts & {"text", "all"}) and "shared.weight" not in name and "embed_tokens" not in name
-    if "all" in parts:
-        return True
-    return any(f".{lora.LAYERS[part]}." in name for part in parts & set(lora.LAYERS))
-
-
-def kind_of(parts: Sequence[str]) -> Kind:
-    """What kind of subject those parts make."""
-    if set(parts) == {"token"}:
-        return "token"
-    return "lora" if set(parts) <= {"token", "lora"} else "delta"
 
 
 def agreement(bits: Sequence[Tensor], others: Sequence[Tensor]) -> float:

@@ -20,7 +20,8 @@ from bitgen_cli import __version__
 from bitgen_cli.config import Config, SubjectTraining
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import SUFFIXES, load_picture, to_float, to_tensor
-from bitgen_cli.engine.device import bf16_is_fast
+from bitgen_cli.engine.device import bf16_is_fast, free_memory
+from bitgen_cli.engine.memory import parameters, subject_training_memory
 from bitgen_cli.engine.model_folder import (
     TOKENIZER_FILE,
     TRANSFORMER_FILE,
@@ -30,6 +31,7 @@ from bitgen_cli.engine.model_folder import (
     load_model,
     save_model,
 )
+from bitgen_cli.engine.parts import kind_of
 from bitgen_cli.engine.sampling import plan
 from bitgen_cli.engine.scales import Schedule, nearest_ratio, schedule
 from bitgen_cli.engine.subject import (
@@ -51,11 +53,10 @@ from bitgen_cli.engine.subject_stage import (
     Probe,
     SubjectStage,
     class_bits,
-    kind_of,
 )
 from bitgen_cli.engine.tensors import save_tensors, stored_dtype
 from bitgen_cli.engine.tokenizer import Tokenizer
-from bitgen_cli.errors import InputError, UsageError
+from bitgen_cli.errors import InputError, ResourceError, UsageError
 from bitgen_cli.files import atomic_path, explain, read_json, write_json
 from bitgen_cli.presets import DEFAULT, Resolved, resolve_for_model
 from bitgen_cli.report import Report
@@ -176,6 +177,7 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
     lessons = _photo_lessons(photos, files, header, model, training, device)
     if any(_cut(model, caption) for lesson in lessons for caption in lesson.captions):
         report.notice("captions longer than the text encoder takes are cut")
+    _check_memory(resolved.config, model, lessons, device, report)
     priors, distilled = _class_samples(options, header, model, resolved.config, device, report)
     run.create(
         {
@@ -433,6 +435,51 @@ def _training(config: Config) -> SubjectTraining:
     if training is None:
         raise InputError(f"{config.name} has no recipe for subjects")
     return training
+
+
+CHOICES = ("token", "token,lora", "token,cross,ffn", "all")
+"""What the memory is told of besides the choice that was made."""
+
+
+def _check_memory(
+    config: Config, model: Model, lessons: Sequence[Lesson], device: torch.device, report: Report
+) -> None:
+    """Says what the training will need, and what other choices would.
+
+    Raises:
+        ResourceError: more than the device has.
+    """
+    training = _training(config)
+    assert model.text_encoder is not None
+    counts = parameters(config.model)
+    captions = {caption for lesson in lessons for caption in lesson.captions}
+    tokens = max(len(ids) for ids in model.text_encoder.tokenise(sorted(captions)))
+    largest = max((lesson.schedule for lesson in lessons), key=lambda scales: scales.positions)
+
+    def needed(train: Sequence[str]) -> int:
+        chosen = training.model_copy(update={"train": list(train)})
+        other = config.model_copy(update={"training": config.training.model_copy(update={SUBJECT: chosen})})
+        return subject_training_memory(other, counts, largest, tokens, autoencoder=device.type == "cpu").total
+
+    own = needed(training.train)
+    name = ",".join(training.train)
+    others = [f"{choice} {_size(needed(choice.split(',')))}" for choice in CHOICES if choice != name]
+    report.notice(f"memory for --train {name}: about {_size(own)}; it would be {', '.join(others)}")
+    free = free_memory(device)
+    if free is not None and own + PROGRAM > free:
+        raise ResourceError(
+            f"--train {name} needs about {_size(own + PROGRAM)} of memory, {device} has {_size(free)} free",
+            "--train token,lora needs less, and so do --prior none, --set training.subject.batch_size=1 and "
+            "--set training.subject.checkpoint_activations=true",
+        )
+
+
+PROGRAM = 2**29
+"""Bytes that the program, its libraries and their work space take besides."""
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.1f} GB" if number >= 2**30 else f"{number / 2**20:.0f} MB"
 
 
 def _header(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bitgen_cli.config import Config, TextEncoderConfig
-from bitgen_cli.engine import memory, pyramid
+from bitgen_cli.engine import lora, memory, pyramid
 from bitgen_cli.engine.losses import bit_loss, tokenizer_loss
+from bitgen_cli.engine.parts import is_trained
 from bitgen_cli.engine.scales import Schedule, schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import TextFeatures, Transformer
@@ -218,3 +219,75 @@ def test_store_bytes() -> None:
     model = resolve("infinity-8b", environment={}).config.model
     scales = schedule(model.scales, patchify=True, resolution="0.06M")
     assert memory.store_bytes(model, scales) == memory.StoreBytes(521 * 7, 14 * 32 * 32 * 2)
+
+
+CHOICES = [
+    ["token"],
+    ["token", "lora"],
+    ["token", "cross", "ffn"],
+    ["cross"],
+    ["ffn"],
+    ["self"],
+    ["lora"],
+    ["token", "self", "cross"],
+]
+
+
+def subject_bytes(config: Config, batch: int, tokens: int) -> int:
+    training, scales = config.training.subject, square(config)
+    assert training is not None
+    transformer = Transformer(config.model)
+    transformer.initialise(torch.Generator().manual_seed(0))
+    transformer.checkpoint_activations = training.checkpoint_activations
+    parts = set[str](training.train)
+    if "lora" in parts:
+        lora.attach(transformer, training.lora_layers, training.lora_rank, training.lora_alpha, 0)
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(is_trained(f"transformer.{name}", parts))
+    bits = config.model.bits_per_position
+    inputs = torch.randn(batch, scales.positions - 1, bits)
+    targets = torch.rand(batch, scales.positions, bits) < 0.5
+    features = torch.randn(batch, tokens, config.model.transformer.text_width, requires_grad="token" in parts)
+    text = TextFeatures(features, (tokens,) * batch)
+    return kept_bytes(
+        transformer, lambda: bit_loss(transformer.train()(inputs, text, scales), targets, scales, training)[0]
+    )
+
+
+@pytest.mark.parametrize("parts", CHOICES, ids="+".join)
+def test_activations_of_learning_a_subject(parts: list[str]) -> None:
+    """Within 15 %: what a choice of parts saves is real."""
+    config = config_of(f"training.subject.train={json.dumps(parts)}", "training.subject.batch_size=2", *TEXT_OUTSIDE)
+    counts = memory.parameters(config.model)
+    estimate = memory.subject_training_memory(config, counts, square(config), 6, autoencoder=True)
+    assert 0.87 < estimate.activations / subject_bytes(config, 4, 6) < 1.15
+
+
+def test_learning_a_subject_adds_up() -> None:
+    found = {}
+    for parts in ('["token"]', '["token", "lora"]', '["token", "cross", "ffn"]', '["all"]'):
+        config = config_of(f"training.subject.train={parts}")
+        counts = memory.parameters(config.model)
+        found[parts] = memory.subject_training_memory(config, counts, square(config), 6, autoencoder=True)
+    assert found['["token"]'].optimizer == 0
+    totals = [estimate.total for estimate in found.values()]
+    assert totals == sorted(totals)
+    everything = found['["all"]']
+    counts = memory.parameters(config_of().model)
+    assert counts.text_encoder is not None
+    table = 512 * 128
+    assert everything.gradients == 4 * (counts.transformer + counts.text_encoder - table)
+    assert everything.frozen == 4 * (counts.tokenizer + table)
+    alone = config_of("training.subject.prior=none")
+    fewer = memory.subject_training_memory(alone, counts, square(alone), 6, autoencoder=True)
+    both = memory.subject_training_memory(config_of(), counts, square(config_of()), 6, autoencoder=True)
+    assert both.activations == 2 * fewer.activations
+
+
+def test_the_2b_model_learns_a_subject_on_one_card() -> None:
+    """LoRA, one photo and one class sample, recomputed activations, bfloat16: within 16 GB at 1024 px."""
+    config = resolve("infinity-2b", environment={}).config
+    scales = schedule(config.model.scales, patchify=False, resolution="1M")
+    counts = memory.parameters(config.model)
+    estimate = memory.subject_training_memory(config, counts, scales, 12, autoencoder=False)
+    assert estimate.total < 16 * 2**30

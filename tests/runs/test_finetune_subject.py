@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from bitgen_cli.engine.model_folder import load_model
 from bitgen_cli.engine.subject import HEADER, PREFIX, ROW, START, Worn, find_subject, read_subject, wearing
-from bitgen_cli.errors import BitgenError, ConfigError, InputError, Interrupted, UsageError
+from bitgen_cli.errors import BitgenError, ConfigError, InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.finetune_subject import SubjectOptions, SubjectResult, finetune_subject, merge_subject, views
 from bitgen_cli.runs.resume import resume
@@ -355,6 +355,25 @@ def test_what_a_user_can_get_wrong(model: Path, photos: Path) -> None:
         learn(model, photos)
     with pytest.raises(UsageError, match="already holds a run"):
         learn(model, photos, overwrite=True)
+
+
+def test_a_doomed_run_is_refused_before_anything_is_made(
+    model: Path, photos: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitgen_cli.runs import finetune_subject as run
+
+    monkeypatch.setattr(run, "free_memory", lambda device: 300 * 2**20)
+    with pytest.raises(ResourceError, match="--train token,lora needs less"):
+        learn(model, photos)
+    assert not Path("subject-v").exists()
+    assert not home.exists()
+
+
+def test_the_memory_of_other_choices_is_told(model: Path, photos: Path) -> None:
+    report = Silent()
+    learn(model, photos, report, flags={"steps": 1, "prior": "none"})
+    (told,) = [notice for notice in report.notices if notice.startswith("memory for --train token,cross,ffn: about ")]
+    assert all(choice in told for choice in ("token,lora ", "token ", "all "))
 
 
 def test_views_are_crops_of_the_photo(model: Path) -> None:

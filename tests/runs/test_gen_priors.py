@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,9 @@ CONFIG = ModelConfig.model_validate(
 )
 
 
+Straight = Callable[[int], dict[str, bytes]]
+
+
 def save_tiny(folder: Path, seed: int) -> Path:
     """A model whose bits are decided, so that prompts and seeds show."""
     torch.manual_seed(seed)
@@ -87,6 +92,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("models") / "other", 1)
+
+
+@pytest.fixture(scope="module")
+def straight(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    """What a folder of so many pictures of a dog holds when nothing disturbs its making."""
+
+    @functools.cache
+    def made(count: int) -> dict[str, bytes]:
+        folder = tmp_path_factory.mktemp("straight")
+        make(model, folder, count=count)
+        return contents(folder)
+
+    return made
+
+
+CACHED_LOAD = functools.cache(load_model)
+
+
+@pytest.fixture(autouse=True)
+def load_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are only read by what is tested here, so each is loaded once for all tests."""
+    monkeypatch.setattr(module, "load_model", CACHED_LOAD)
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +198,7 @@ def test_the_manifest_tells_everything(model: Path) -> None:
 
 def test_the_batch_size_has_no_influence(model: Path) -> None:
     for size in (1, 3, 8):
-        make(model, f"p{size}", batch_size=size, count=9)
+        make(model, f"p{size}", batch_size=size, count=8)
     assert contents("p1") == contents("p3") == contents("p8")
 
 
@@ -216,22 +243,20 @@ def test_what_is_there_is_not_made_again(model: Path, monkeypatch: pytest.Monkey
     assert {file: file.stat().st_mtime_ns for file in Path("p").iterdir()} == times
 
 
-def test_a_larger_count_tops_up(model: Path) -> None:
-    make(model, "straight", count=9)
-    make(model, count=4)
+def test_a_larger_count_tops_up(model: Path, straight: Straight) -> None:
+    make(model, count=3)
     report = Silent()
-    result = make(model, report=report, count=9, batch_size=3)
-    assert (result.made, result.reused) == (5, 4)
-    assert report.notices == ["reused: p holds 4 class pictures"]
-    assert contents("p") == contents("straight")
+    result = make(model, report=report, count=7, batch_size=3)
+    assert (result.made, result.reused) == (4, 3)
+    assert report.notices == ["reused: p holds 3 class pictures"]
+    assert contents("p") == straight(7)
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3])
 def test_interrupted_and_continued_equals_straight(
-    model: Path, monkeypatch: pytest.MonkeyPatch, batches: int
+    model: Path, straight: Straight, monkeypatch: pytest.MonkeyPatch, batches: int
 ) -> None:
     """Ctrl-C while a batch is drawn loses that batch alone."""
-    make(model, "straight", count=7)
     real, calls = module.draw_bits, []
 
     def draw_or_stop(*given: Any, **named: Any) -> Any:
@@ -247,19 +272,19 @@ def test_interrupted_and_continued_equals_straight(
     assert len(contents("p")) == 2 * batches + 1
     result = make(model, count=7)
     assert (result.made, result.reused, result.own) == (7 - 2 * batches, 2 * batches, 0)
-    assert contents("p") == contents("straight")
+    assert contents("p") == straight(7)
 
 
 @pytest.mark.parametrize("call", range(9))
 def test_killed_while_a_batch_is_written_no_picture_passes_for_the_users(
-    model: Path, monkeypatch: pytest.MonkeyPatch, call: int
+    model: Path, straight: Straight, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     """Whatever the last rename was before the end: the next run ends where an undisturbed one does."""
 
     class Killed(BaseException):
         pass
 
-    make(model, "straight", count=4)
+    undisturbed = straight(4)
     real, calls = Path.replace, []
 
     def replace_or_die(self: Path, target: Path) -> Path:
@@ -274,26 +299,27 @@ def test_killed_while_a_batch_is_written_no_picture_passes_for_the_users(
         with pytest.raises(Killed):
             make(model, count=4)
     assert make(model, count=4).own == 0
-    assert {name: data for name, data in contents("p").items() if name[0] != "."} == contents("straight")
+    assert {name: data for name, data in contents("p").items() if name[0] != "."} == undisturbed
     assert [prior.file.name for prior in read_priors(Path("p"), "dog", fingerprints(model))] == [
         f"{k:04d}.png" for k in range(4)
     ]
 
 
-def test_what_another_process_lists_meanwhile_stays_listed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_process_lists_meanwhile_stays_listed(
+    model: Path, straight: Straight, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = module.draw_bits
 
     def draw_while_another_does(*given: Any, **named: Any) -> Any:
         monkeypatch.setattr(module, "draw_bits", real)
         with torch.inference_mode(False):
-            make(model, count=8)
+            make(model, count=7)
         return real(*given, **named)
 
     monkeypatch.setattr(module, "draw_bits", draw_while_another_does)
     result = make(model, count=3)
-    assert (len(result.pictures), len(manifest("p")["pictures"])) == (8, 8)
-    make(model, "straight", count=8)
-    assert contents("p") == contents("straight")
+    assert (len(result.pictures), len(manifest("p")["pictures"])) == (7, 7)
+    assert contents("p") == straight(7)
 
 
 def test_missing_and_damaged_pictures_are_made_again_and_named(model: Path) -> None:
@@ -567,8 +593,10 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_drawing(
         make(model)
 
 
-def test_a_full_disk_loses_the_batch_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(model, "straight")
+def test_a_full_disk_loses_the_batch_alone(
+    model: Path, straight: Straight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = straight(5)
     real, calls = Image.Image.save, []
 
     def full(self: Image.Image, *given: Any, **named: Any) -> None:
@@ -583,7 +611,7 @@ def test_a_full_disk_loses_the_batch_alone(model: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Image.Image, "save", real)
     assert sorted(contents("p")) == ["0000.png", "0001.png", MANIFEST]
     assert make(model).reused == 2
-    assert contents("p") == contents("straight")
+    assert contents("p") == undisturbed
 
 
 def test_a_long_prompt_is_cut_with_a_notice(model: Path) -> None:
