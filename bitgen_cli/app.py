@@ -561,7 +561,7 @@ def inspect_config(
         str | None,
         typer.Argument(
             metavar="TARGET",
-            help="A preset, a configuration file, a run, a model or a picture made by bitgen.",
+            help="A preset, a configuration file, a run, a model, a subject or a picture made by bitgen.",
             show_default=False,
         ),
     ] = None,
@@ -576,7 +576,7 @@ def inspect_config(
     """Show every value and where it comes from, the scales, sizes, and the memory needed."""
     if target is None and not schema:
         raise UsageError(
-            "nothing to inspect", "name a preset, file, run, model or picture, or ask for --schema"
+            "nothing to inspect", "name a preset, file, run, model, subject or picture, or ask for --schema"
         )
 
     from bitgen_cli import console

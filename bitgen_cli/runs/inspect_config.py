@@ -1,6 +1,7 @@
 """`bitgen inspect-config`: every value and its origin, and what follows from it: scales, sizes, memory.
 
-The same for a preset, a file, a run folder and a model folder; of a picture, the recipe it was drawn by.
+The same for a preset, a file, a run folder and a model folder; of a picture, the recipe it was drawn by; of a subject,
+how it was learned.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from bitgen_cli.engine.memory import (
     parameters,
     sampling_memory,
     store_bytes,
+    subject_training_memory,
     tokenizer_training_memory,
     transformer_training_memory,
 )
 from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
+from bitgen_cli.engine.subject import SUFFIX, Subject, find_subject, known_subjects, read_subject
 from bitgen_cli.errors import ConfigError, InputError, UsageError
 from bitgen_cli.files import explain, read_json
 from bitgen_cli.presets import EXTENDS, Resolved, preset_names, preset_path, resolve, resolve_stored
@@ -31,6 +34,8 @@ from bitgen_cli.report import Report, Table
 
 RECIPE = "bitgen"
 """Text chunk of a PNG that holds its recipe as JSON."""
+CAPTION_TOKENS = 16
+"""Tokens of a photo's caption that the memory of learning a subject is told for."""
 MODEL_FORMAT = 1
 """Of a model folder's config.json."""
 
@@ -44,7 +49,7 @@ class InspectOptions:
     """What to look at.
 
     Attributes:
-        target: preset, YAML file, run folder, model folder or PNG; not looked at with `schema`.
+        target: preset, YAML file, run folder, model folder, subject (name or file) or PNG; not looked at with `schema`.
         overrides: `a.b=1` each, laid over the configuration.
         schema: the JSON schema of a configuration instead.
         config_file: YAML, laid over a preset.
@@ -61,7 +66,7 @@ class InspectResult:
     """What was found.
 
     Attributes:
-        kind: `preset`, `file`, `run`, `model`, `picture` or `schema`.
+        kind: `preset`, `file`, `run`, `model`, `subject`, `picture` or `schema`.
         facts: everything, as plain JSON values.
         sections: the same as tables.
     """
@@ -98,8 +103,12 @@ def inspect(options: InspectOptions, report: Report) -> InspectResult:
         path = path.parent
     if path.is_dir():
         return _of_folder(path, options, report)
+    if path.is_file() and path.suffix == SUFFIX:
+        return _of_subject(read_subject(path), options)
     if path.is_file():
         return _of_picture(path, options) if _is_picture(path) else _of_file(path, options, report)
+    if any(subject.name == options.target for subject in known_subjects()):
+        return _of_subject(find_subject(options.target), options)
     if path.exists() or path.suffix.lower() in _FILES or len(path.parts) > 1:
         raise InputError(f"cannot read {options.target}: no such file or folder")
     preset_path(options.target)
@@ -238,6 +247,38 @@ def _of_picture(path: Path, options: InspectOptions) -> InspectResult:
     )
 
 
+def _of_subject(subject: Subject, options: InspectOptions) -> InspectResult:
+    """What a subject file says of itself: what it is called, learned on and from, and how."""
+    if options.overrides:
+        raise UsageError("--set belongs to configurations, not to a subject's recipe")
+    header = subject.header
+    known = {
+        "name": subject.name,
+        "file": str(subject.file),
+        "token": header.token,
+        "class": header.class_word,
+        "kind": header.kind,
+        "base": header.base_name,
+        "bytes": subject.file.stat().st_size,
+    }
+    facts = {
+        "kind": "subject",
+        "target": options.target,
+        **{key: value for key, value in known.items() if key != "kind"},
+        "changes": header.kind,
+        "fingerprints": header.base,
+        "pictures": header.pictures,
+        "recipe": header.recipe,
+    }
+    tables = [
+        _facts_table("Subject", {**known, "bytes": _bytes(subject.file.stat().st_size)}),
+        Table("Photos", ["File", "sha256"], [[picture["file"], picture["sha256"]] for picture in header.pictures]),
+        Table("Base model (sha256)", ["Part", "Fingerprint"], [[part, value] for part, value in header.base.items()]),
+        _facts_table("Recipe", header.recipe),
+    ]
+    return InspectResult("subject", facts, tables)
+
+
 def _schema() -> dict[str, Any]:
     """The JSON schema of a configuration file."""
     schema = Config.model_json_schema()
@@ -275,7 +316,11 @@ def _result(
     stages = {
         "tokenizer": tokenizer_training_memory(config, counts, scales),
         "transformer": transformer_training_memory(config, counts, scales),
+        "subject": None,
     }
+    if config.training.subject is not None:
+        tokens = min(CAPTION_TOKENS, model.transformer.text_length)
+        stages["subject"] = subject_training_memory(config, counts, scales, tokens, autoencoder=True)
     training = {name: None if memory is None else memory.to_json() for name, memory in stages.items()}
     facts: dict[str, Any] = {
         "kind": kind,

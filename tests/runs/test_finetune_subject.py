@@ -23,6 +23,7 @@ from bitgen_cli.engine.subject import HEADER, PREFIX, ROW, START, Worn, find_sub
 from bitgen_cli.errors import BitgenError, ConfigError, InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.finetune_subject import SubjectOptions, SubjectResult, finetune_subject, merge_subject, views
+from bitgen_cli.runs.inspect_config import InspectOptions, inspect
 from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.sample import SampledPicture, SampleOptions, sample
 
@@ -374,6 +375,21 @@ def test_the_memory_of_other_choices_is_told(model: Path, photos: Path) -> None:
     learn(model, photos, report, flags={"steps": 1, "prior": "none"})
     (told,) = [notice for notice in report.notices if notice.startswith("memory for --train token,cross,ffn: about ")]
     assert all(choice in told for choice in ("token,lora ", "token ", "all "))
+
+
+def test_a_subject_can_be_inspected(model: Path, photos: Path) -> None:
+    result = learn(model, photos, flags={"steps": 1, "prior": "none"})
+    for target in ("v", str(result.file)):
+        found = inspect(InspectOptions(target), Silent())
+        assert found.kind == "subject"
+        assert (found.facts["token"], found.facts["class"], found.facts["changes"]) == ("[V]", "dog", "delta")
+        assert found.facts["recipe"]["steps"] == 1
+        assert len(found.facts["pictures"]) == 3
+        json.dumps(found.to_json())
+    run = inspect(InspectOptions(str(result.run)), Silent())
+    assert run.facts["memory"]["training"]["subject"]["total"] > 0
+    with pytest.raises(UsageError):
+        inspect(InspectOptions("v", overrides=["a=1"]), Silent())
 
 
 def test_views_are_crops_of_the_photo(model: Path) -> None:
