@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -285,7 +286,11 @@ def find_photos(place: Path, report: Report) -> list[Path]:
 
 
 def _captions(file: Path, header: Header, training: SubjectTraining) -> tuple[str, ...]:
-    """What a photo may be called: its own caption, else the templates."""
+    """What a photo may be called: its own caption, else the templates.
+
+    In a caption that says neither {subject} nor the token, the class word stands for the subject; where that is missing
+    too, the subject is put before it.
+    """
     subject = f"{header.token} {header.class_word}"
     own = file.with_suffix(".txt")
     if own.is_file():
@@ -295,10 +300,10 @@ def _captions(file: Path, header: Header, training: SubjectTraining) -> tuple[st
             raise explain(error, own, "read") from error
         except UnicodeDecodeError as error:
             raise InputError(f"{own} is not UTF-8 text", "save it as UTF-8") from error
-        caption = text.replace("{subject}", subject)
-        if header.token not in caption:
-            raise InputError(f"{own} names neither {{subject}} nor {header.token}", f'for example "a {subject}"')
-        return (caption,)
+        if "{subject}" not in text and header.token not in text:
+            word = re.compile(rf"(?<!\w){re.escape(header.class_word)}(?!\w)", re.IGNORECASE)
+            text = word.sub("{subject}", text, count=1) if word.search(text) else f"{{subject}}, {text}".rstrip(", ")
+        return (text.replace("{subject}", subject),)
     return tuple(template.replace("{subject}", subject) for template in training.photo_templates)
 
 

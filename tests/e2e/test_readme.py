@@ -12,9 +12,15 @@ import pytest
 from PIL import Image
 
 README = Path(__file__).parents[2] / "README.md"
-SMALLER = {"world:40000": "world:300", "--steps 500": "--steps 1"}
+SMALLER = {"world:40000": "world:300", "--steps 500": "--steps 1", "--count 100": "--count 6"}
 """The only changes to a command: fewer pictures and steps, so that nobody waits for them."""
-FEWER_STEPS = {"BITGEN_TRAINING__TOKENIZER__STEPS": "2", "BITGEN_TRAINING__TRANSFORMER__STEPS": "2"}
+FEWER_STEPS = {
+    "BITGEN_TRAINING__TOKENIZER__STEPS": "2",
+    "BITGEN_TRAINING__TRANSFORMER__STEPS": "2",
+    "BITGEN_TRAINING__SUBJECT__STEPS": "2",
+    "BITGEN_TRAINING__SUBJECT__PRIOR_IMAGES": "6",
+    "BITGEN_TRAINING__SUBJECT__VALIDATION_IMAGES": "2",
+}
 
 
 def commands() -> list[str]:
@@ -38,7 +44,9 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_commands_of_the_readme_run(folder: Path) -> None:
     found = commands()
-    assert {line.split()[1] for line in found} >= {"sample", "tokenize", "train", "resume", "inspect-config"}
+    assert {line.split()[1] for line in found} == {
+        "sample", "tokenize", "train", "resume", "inspect-config", "finetune-subject", "gen-priors"
+    }  # fmt: skip
     for line in found:
         for long, short in SMALLER.items():
             line = line.replace(long, short)
@@ -47,7 +55,7 @@ def test_the_commands_of_the_readme_run(folder: Path) -> None:
             command,
             shell=True,  # our own lines, with quotes and redirection
             cwd=folder,
-            env=os.environ | FEWER_STEPS,
+            env=os.environ | FEWER_STEPS | {"BITGEN_HOME": str(folder / "home")},
             capture_output=True,
             text=True,
             timeout=240,

@@ -305,6 +305,24 @@ def test_odd_photos(model: Path, tmp_path: Path) -> None:
     assert stored["photos"][0]["captions"] == ["my [V] dog on the moon"]
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("my {subject} on the moon", "my [V] dog on the moon"),
+        ("[V] at home", "[V] at home"),
+        ("A Dog and a dogma", "A [V] dog and a dogma"),
+        ("at home", "[V] dog, at home"),
+        ("", "[V] dog"),
+    ],
+)
+def test_captions_name_the_subject(model: Path, tmp_path: Path, written: str, read: str) -> None:
+    folder = tiny_model.photos(tmp_path / "captioned", 1)
+    (folder / "0.txt").write_text(written)
+    result = learn(model, folder, flags={"steps": 1, "prior": "none", "sample_every": 0})
+    stored = json.loads((result.run / "start" / "lessons.json").read_text())
+    assert stored["photos"][0]["captions"] == [read]
+
+
 def test_buckets_give_photos_their_own_shape(model: Path, tmp_path: Path) -> None:
     folder = tiny_model.photos(tmp_path / "tall", 1)
     Image.open(folder / "0.png").resize((30, 62)).save(folder / "tall.png")
@@ -325,10 +343,6 @@ def test_few_photos_warn_and_none_is_an_error(model: Path, tmp_path: Path) -> No
     broken = tiny_model.photos(tmp_path / "broken", 3)
     (broken / "1.png").write_bytes((broken / "1.png").read_bytes()[:200])
     with pytest.raises(InputError, match=r"1\.png"):
-        learn(model, broken, name="x")
-    (broken / "1.png").unlink()
-    (broken / "0.txt").write_text("a dog without its name")
-    with pytest.raises(InputError, match=r"0\.txt names neither"):
         learn(model, broken, name="x")
     assert not Path("subject-x").exists(), "a run that never began leaves nothing"
 
