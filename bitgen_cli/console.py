@@ -409,10 +409,13 @@ def show_subject(result: SubjectResult) -> None:
         if f"val_{name}_adherence" in seen:
             kept = seen.get(f"val_{name}_agreement")
             same = "" if kept is None else f"{100 * kept:.1f} %"
-            rows.append([label, same, f"{100 * seen[f'val_{name}_adherence']:.0f} %"])
+            leak = seen.get("val_class_leak") if name == "class" else None
+            become = "" if leak is None else f"{100 * max(0.0, leak):.0f} %"
+            rows.append([label, same, f"{100 * seen[f'val_{name}_adherence']:.0f} %", become])
     if rows:
         print()
-        show_tables([Table("drift from the base model", ["pictures", "bits unchanged", "prompt adherence"], rows)])
+        heads = ["pictures", "bits unchanged", "prompt adherence", "like the subject"]
+        show_tables([Table("drift from the base model", heads, rows)])
     _print_error_line(f'draw it with: bitgen sample "a {result.phrase} on the moon"')
 
 

@@ -163,7 +163,7 @@ def resolve_for_model(
             layers.add_file(only, f"preset {file.path.stem}")
     if config_file is not None:
         layers.add_file(_read(config_file), f"file {config_file}")
-    layers.add_environment(os.environ if environment is None else environment)
+    layers.add_environment(os.environ if environment is None else environment, stage)
     for key, value in flags.items():
         if value is not None:
             layers.add_key(key, value, f"flag --{key.rpartition('.')[2].replace('_', '-')}")
@@ -220,11 +220,14 @@ class _Layers:
 
         self.add(file.values, source)
 
-    def add_environment(self, environment: Mapping[str, str]) -> None:
-        """The values of BITGEN_ variables."""
+    def add_environment(self, environment: Mapping[str, str], stage: str | None = None) -> None:
+        """The values of BITGEN_ variables; with a stage, those of other stages' recipes are left out."""
         names = {PREFIX + key.upper().replace(".", "__"): key for key in known_keys()}
         for name in sorted(environment):
             if not name.startswith(PREFIX) or name in NOT_VALUES or not environment[name].strip():
+                continue
+            key = names.get(name, "")
+            if stage is not None and key.startswith("training.") and not key.startswith(f"training.{stage}."):
                 continue
             if name in names:
                 self._add_text(names[name], environment[name], f"environment {name}")

@@ -137,6 +137,7 @@ class SubjectStage:
         self.groups = grouped(range(len(photos)), lambda index: photos[index].schedule.ratio)
         self._features_of: dict[str, Tensor] = {}
         self._first: dict[str, tuple[Drawn, float]] = {}
+        self._first_loss = 0.0
 
     # -- what trains ---------------------------------------------------------------------------------------------------
 
@@ -280,9 +281,9 @@ class SubjectStage:
         """The losses without chance, and the drift: how far pictures of fixed seeds have moved from the base model's.
 
         `val_class_agreement` and `val_unrelated_agreement` are the share of bits that are still the base model's;
-        `val_class_as_subject` is the share of bits that class pictures have in common with subject pictures of the
-        same seed; `val_SET_adherence` is how much better the base model explains the pictures with their prompts than
-        without, in relation to its own pictures: 1 is as good as before.
+        `val_SET_adherence` is how much better the base model explains the pictures with their prompts than without, in
+        relation to its own pictures: 1 is as good as before. `val_class_leak` is how much of what has been learned
+        about the photos is there without the token too: 0 is nothing, at 1 the class has become the subject.
         """
         values = self._validation_losses()
         if self.training.validation_images:
@@ -290,19 +291,25 @@ class SubjectStage:
         return values
 
     def _validation_losses(self) -> dict[str, float]:
-        with self._autocast():
-            subject, count = 0.0, 0
-            for group in self.groups:
-                for start in range(0, len(group), DRAWN_AT_ONCE):
-                    photos = [self._photos[index] for index in group[start : start + DRAWN_AT_ONCE]]
-                    batch = self._subject_batch(photos, [photo.captions[0] for photo in photos], None)
-                    loss = bit_loss(self._forward(batch), batch.targets, batch.schedule, self.training)[0]
-                    subject, count = subject + loss.item() * len(photos), count + len(photos)
-            values = {"val_subject_loss": subject / count}
-            if self._has_prior:
+        values = {"val_subject_loss": self._photo_loss(self.header.token)}
+        if self._has_prior:
+            with self._autocast():
                 values["val_prior_loss"] = self._validation_prior()
         values["val_loss"] = values["val_subject_loss"] + self.training.prior_weight * values.get("val_prior_loss", 0.0)
         return values
+
+    def _photo_loss(self, token: str) -> float:
+        """The photos' loss without chance, each under its first caption with something else for the token."""
+        total, count = 0.0, 0
+        for group in self.groups:
+            for start in range(0, len(group), DRAWN_AT_ONCE):
+                photos = [self._photos[index] for index in group[start : start + DRAWN_AT_ONCE]]
+                captions = [photo.captions[0].replace(self.header.token, token).strip() for photo in photos]
+                with self._autocast():
+                    batch = self._subject_batch(photos, [" ".join(caption.split()) for caption in captions], None)
+                    loss = bit_loss(self._forward(batch), batch.targets, batch.schedule, self.training)[0]
+                total, count = total + loss.item() * len(photos), count + len(photos)
+        return total / count
 
     def _validation_prior(self) -> float:
         total = len(self._priors) if self._distilled is None else len(self._distilled.captions)
@@ -326,7 +333,9 @@ class SubjectStage:
         for name, (bits, _) in self._first.items():
             if name != SUBJECT:
                 values[f"{name}_agreement"] = agreement(drawn[name].bits, bits.bits)
-        values["class_as_subject"] = agreement(drawn[CLASS].bits, drawn[SUBJECT].bits)
+        learned = self._first_loss - self._photo_loss(self.header.token)
+        if learned > 0:
+            values["class_leak"] = (self._first_loss - self._photo_loss("")) / learned
         with self.base():
             for name, probe in self._probes.items():
                 before = self._first[name][1]
@@ -334,9 +343,10 @@ class SubjectStage:
         return values
 
     def _remember_base(self) -> None:
-        """Draws the base model's pictures of the probes, once."""
+        """Draws the base model's pictures of the probes and judges the photos with it, once."""
         if not self._first:
             with self.base():
+                self._first_loss = self._photo_loss("")
                 for name, probe in self._probes.items():
                     drawn = self._draw(probe)
                     self._first[name] = drawn, self._adherence(drawn, probe)

@@ -68,6 +68,8 @@ VERB = "finetune-subject"
 LESSONS, CAPTIONS = "lessons.safetensors", "lessons.json"
 FEW = 3
 """Fewer photos than this are warned of."""
+LEAK = 0.5
+"""When more than this of what was learned is there without the token too, the class turns into the subject."""
 MANY = 64
 """More photos than this are no few photos any more, but a data set."""
 
@@ -606,10 +608,10 @@ def _finish(
     with atomic_path(target) as temporary:
         temporary.write_bytes(run.subject.read_bytes())
     seen = trained.validation
-    if seen.get("val_class_as_subject", 0.0) > seen.get("val_class_agreement", 1.0):
+    if seen.get("val_class_leak", 0.0) > LEAK:
         report.warning(
-            f"pictures of a {header.class_word} without the token have become more like {header.token} than like "
-            "those of the base model; fewer steps or a larger --prior-weight keep the class"
+            f"pictures of a {header.class_word} without the token turn into {header.token}; fewer steps, "
+            "--prior images or a larger --prior-weight keep the class"
         )
     merged = None
     if merge is not None:

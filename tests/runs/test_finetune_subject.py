@@ -91,7 +91,7 @@ def test_photos_become_a_subject_that_sample_finds(model: Path, photos: Path, ho
     assert digest(model) == before, "the base model on disk is untouched"
     assert (result.name, result.token, result.steps) == ("v", "[V]", 6)
     assert result.file == home / "subjects" / "v.safetensors"
-    measured = {"val_subject_loss", "val_prior_loss", "val_class_agreement", "val_class_as_subject"}
+    measured = {"val_subject_loss", "val_prior_loss", "val_class_agreement", "val_class_leak"}
     assert measured <= set(result.validation)
     logged = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
     assert all({"subject_loss", "prior_loss"} <= set(line) for line in logged if "loss" in line)

@@ -593,9 +593,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_drawing(
         make(model)
 
 
-def test_a_full_disk_loses_the_batch_alone(
-    model: Path, straight: Straight, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_loses_the_batch_alone(model: Path, straight: Straight, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = straight(5)
     real, calls = Image.Image.save, []
 

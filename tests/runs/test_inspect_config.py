@@ -104,7 +104,7 @@ def test_a_preset_in_numbers() -> None:
     }
     assert len(facts["ratios"]) == 15
     assert set(facts["memory"]["sampling"]) == {"fp32", "bf16"}
-    assert set(facts["memory"]["training"]) == {"tokenizer", "transformer"}
+    assert set(facts["memory"]["training"]) == {"tokenizer", "transformer", "subject"}
 
 
 def test_every_value_is_there_with_its_origin() -> None:
@@ -144,7 +144,7 @@ def test_memory_follows_the_configuration() -> None:
     assert few["activations"] < many["activations"]
     assert few["optimizer"] == many["optimizer"]
     assert look("demo", "training.tokenizer=null").to_json()["memory"]["training"]["tokenizer"] is None
-    without = look("demo", "training.tokenizer=null", "training.transformer=null")
+    without = look("demo", *(f"training.{stage}=null" for stage in ("tokenizer", "transformer", "subject")))
     assert not any(table.title.startswith("Memory for training") for table in without.sections)
 
 
