@@ -8,8 +8,8 @@ The picture passes in bands of rows that stay in the processor's cache, and the 
 convolution and the sum after it happen in the same bands. Kernels are transformed anew on each call, which costs a few
 per cent where it counts and keeps no second copy of the weights.
 
-Source: Lavin and Gray 2015 (arXiv 1509.09308), F(4x4, 3x3), at interpolation points that round less than the usual ones:
-errors are up to 1.5 times those of a direct convolution in float32.
+Source: Lavin and Gray 2015 (arXiv 1509.09308), F(4x4, 3x3), at interpolation points that round less than the usual
+ones: errors are up to 1.5 times those of a direct convolution in float32.
 """
 
 from __future__ import annotations
