@@ -211,7 +211,7 @@ def sampling_memory(
         kv_cache=per_position * schedule.positions,
         text_cache=per_position * geometry.text_length,
         transformer_work=last * (geometry.width * per_channel + 2 * geometry.ffn_width * number),
-        decoder_work=pictures * _decoder_peak(model.tokenizer, schedule) * number,
+        decoder_work=_decoder_peak(model.tokenizer, schedule) * number,  # pictures are decoded one at a time
     )
 
 

@@ -210,5 +210,6 @@ def generate(
     """
     drawn = draw_bits(transformer, text, schedule, plan, seeds, negative=negative, on_scale=on_scale)
     dtype = next(tokenizer.parameters()).dtype
-    image = tokenizer.decode(drawn.total.to(dtype))
-    return image.float(), drawn
+    # one at a time: convolutions of a batch round differently, and a picture must not depend on its company
+    images = [tokenizer.decode(total).float() for total in torch.split(drawn.total.to(dtype), 1)]
+    return torch.cat(images), drawn

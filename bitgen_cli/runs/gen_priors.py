@@ -37,8 +37,8 @@ from bitgen_cli.report import Report, Task
 from bitgen_cli.runs.sample import (
     BATCH,
     SampleOptions,
-    _sampling,
     base_recipe,
+    chosen_sampling,
     drawing_dtype,
     parts_name,
     slug,
@@ -369,7 +369,7 @@ def _wanted(options: PriorOptions, model: Model) -> tuple[Manifest, Schedule]:
             raise UsageError(f"{flag} {number} must be at least 1")
     if not 0 <= options.seed < SEEDS:
         raise UsageError(f"--seed {options.seed} must be from 0 to {SEEDS - 1}")
-    sampling = _sampling(
+    sampling = chosen_sampling(
         SampleOptions(overrides=options.overrides), replace(model, sampling=options.sampling or model.sampling)
     )
     scales = _square(model)

@@ -270,7 +270,7 @@ def _jobs(options: SampleOptions, parts: _Parts) -> list[_Job]:
     prompt = options.prompts[0].strip()
     if not prompt:
         raise UsageError("the prompt is empty", "say what to draw")
-    sampling = _sampling(options, parts.model)
+    sampling = chosen_sampling(options, parts.model)
     scales = _schedule(options, parts.model)
     plan(sampling, len(scales))  # a list of another length is refused before anything is drawn
     depth = parts.model.config.transformer.depth
@@ -304,7 +304,7 @@ def _tell_subjects(jobs: Sequence[_Job], report: Report) -> None:
         report.notice(f"{subject.token} is subject {subject.name}, a {subject.header.class_word}{strength}: {file}")
 
 
-def _sampling(options: SampleOptions, model: Model) -> SamplingConfig:
+def chosen_sampling(options: SampleOptions, model: Model) -> SamplingConfig:
     """The model's defaults, then the flags, then --set."""
     flags: dict[str, Any] = {
         "cfg": _numbers(options.cfg, "--cfg"),

@@ -81,11 +81,15 @@ class Sitter:
         return tuple(place for place in world.PLACES if place not in self.photo_places)
 
     def photos(self) -> list[Image.Image]:
-        """A picture on each of `photo_places`, RGB, PHOTO_SIDE pixels square."""
-        return [
-            world.draw(Scene(self.object_class, _ANY_COLOUR, place), _random(self.seed, place), PHOTO_SIDE, self.look)
-            for place in self.photo_places
-        ]
+        """A picture on each of `photo_places`, RGB, PHOTO_SIDE pixels square.
+
+        The subject faces right, as everything in the world does whose caption does not say otherwise: photos have none.
+        """
+        return [self._photo(place) for place in self.photo_places]
+
+    def _photo(self, place: str) -> Image.Image:
+        scene = Scene(self.object_class, _ANY_COLOUR, place)
+        return world.draw(scene, _random(self.seed, place), PHOTO_SIDE, self.look, mirrored=False)
 
     def write_photos(self, folder: Path) -> list[Path]:
         """Writes the photos, JPEG and PNG in turn, without captions, into a new folder; returns the files."""
@@ -198,7 +202,7 @@ def reconstruct(model: Model, pixels: Tensor, wrong_bits: float = 0.0, rng: torc
     sizes = schedule(model.config.scales, patchify=model.config.transformer.patchify)
     side = sizes.pixels(model.config.tokenizer.patch_size)[0]
     shown = []
-    for part in pixels.split(50):
+    for part in torch.split(pixels, 50):
         image = to_float(part)
         if image.shape[-1] != side:
             image = F.interpolate(image, (side, side), mode="bilinear", antialias=True)
@@ -235,7 +239,7 @@ class Recogniser(nn.Module):
     def says_yes(self, pixels: Tensor) -> Tensor:
         """(B,) bool of pictures (B, 3, h, w) uint8 of any square size."""
         answers = []
-        for part in pixels.split(200):
+        for part in torch.split(pixels, 200):
             image = to_float(part)
             if image.shape[-1] != SIDE:
                 image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", antialias=True)
@@ -309,7 +313,7 @@ def train(sitter: Sitter, model: Model, say: Callable[[str], None]) -> Recognise
     say(f"{sitter.name}: pictures are ready after {time.perf_counter() - started:.0f} s")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        recogniser = Recogniser().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        recogniser: Recogniser = Recogniser().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(recogniser.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=0.15)
     losses: list[float] = []
@@ -320,7 +324,7 @@ def train(sitter: Sitter, model: Model, say: Callable[[str], None]) -> Recognise
         image = image.contiguous(memory_format=torch.channels_last)
         loss = F.binary_cross_entropy_with_logits(recogniser(image), (chosen < first).float())
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         rate.step()
         losses.append(float(loss.detach()))
