@@ -13,7 +13,7 @@ import torch
 from bitgen_cli.config import Config, LoopConfig, ModelConfig
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import WORLD, open_source
-from bitgen_cli.engine.device import bf16_is_fast, keep_freed_memory, pick_device
+from bitgen_cli.engine.device import keep_freed_memory, pick_device
 from bitgen_cli.engine.model_folder import (
     TEXT_FOLDER,
     TOKENIZER_FILE,
@@ -148,10 +148,6 @@ def fit(
 ) -> TrainResult:
     """Runs the loop to its end, from the run's last checkpoint when `resumed`."""
     loop = recipe(config, stage_name)
-    if loop.precision == "bf16" and not bf16_is_fast(device):
-        report.notice(
-            f"{device} has no bfloat16 arithmetic of its own; training.{stage_name}.precision=fp32 is faster here"
-        )
     try:
         trainer = Trainer(stage, loop, run, report, device)
         if resumed:
