@@ -265,6 +265,9 @@ def test_a_store_without_latents_trains_without_flips_alone(world: World, tmp_pa
     train(options_for("transformer", world, tmp_path / "latents", steps=2, flip_strength=0), Silent())
     for ours, theirs in zip(measured(tmp_path / "plain"), measured(tmp_path / "latents"), strict=True):
         assert ours.pop("grad_norm", 0) == pytest.approx(theirs.pop("grad_norm", 0), rel=1e-2)
+        for name in [name for name in ours if "bit_accuracy" in name]:
+            # a share of few bits: one of 512 more or less is already .002
+            assert ours.pop(name) == pytest.approx(theirs.pop(name), abs=0.005)
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
