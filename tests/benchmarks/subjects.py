@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
@@ -216,9 +215,13 @@ def reconstruct(model: Model, pixels: Tensor, wrong_bits: float = 0.0, rng: torc
 
 
 class Recogniser(nn.Module):
-    """Four convolutions and one answer."""
+    """Four convolutions and one linear layer: one answer, or one for each class.
 
-    def __init__(self) -> None:
+    Args:
+        answers: 1 for the recogniser of a subject.
+    """
+
+    def __init__(self, answers: int = 1) -> None:
         super().__init__()
         self.features = nn.Sequential(
             *judging._block(3, 24, 4, 2, 1),
@@ -227,24 +230,31 @@ class Recogniser(nn.Module):
             nn.MaxPool2d(2),
             *judging._block(56, 80, 3, 1, 1),
         )
-        self.head = nn.Linear(2 * 80, 1)
+        self.head = nn.Linear(2 * 80, answers)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits (B,) of images (B, 3, SIDE, SIDE) in [-1, 1]: positive for the subject."""
+        """Logits (B, answers) of images (B, 3, SIDE, SIDE) in [-1, 1]; a single one is positive for the subject."""
         found = self.features(image)
         answer: Tensor = self.head(torch.cat([found.mean((2, 3)), found.amax((2, 3))], dim=1))
-        return answer.squeeze(1)
+        return answer
+
+    def says_yes(self, pixels: Tensor) -> Tensor:
+        """(B,) bool of pictures (B, 3, h, w) uint8 of any square size, by a recogniser of one answer."""
+        return self._logits(pixels)[:, 0] > 0
+
+    def names(self, pixels: Tensor) -> Tensor:
+        """(B,) indices in `world.CLASSES`, by a recogniser with an answer for each class."""
+        return self._logits(pixels).argmax(1)
 
     @torch.inference_mode()
-    def says_yes(self, pixels: Tensor) -> Tensor:
-        """(B,) bool of pictures (B, 3, h, w) uint8 of any square size."""
-        answers = []
+    def _logits(self, pixels: Tensor) -> Tensor:
+        found = []
         for part in torch.split(pixels, 200):
             image = to_float(part)
             if image.shape[-1] != SIDE:
                 image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", antialias=True)
-            answers.append(self(image) > 0)
-        return torch.cat(answers)
+            found.append(self(image))
+        return torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -254,14 +264,10 @@ class TrainedRecogniser:
     Attributes:
         recogniser: in evaluation mode.
         yes: share of each of KINDS it says yes to, on reconstructions of pictures it never saw.
-        file: where it is kept.
-        seconds: training took; 0 when it was found in the cache.
     """
 
     recogniser: Recogniser
     yes: dict[str, float]
-    file: Path
-    seconds: float
 
     @property
     def trustworthy(self) -> bool:
@@ -269,69 +275,138 @@ class TrainedRecogniser:
         return self.yes["subject"] >= POSITIVES_BAR and self.yes["class"] <= NEGATIVES_BAR
 
 
-def load_or_train(sitter: Sitter, model: Model, say: Callable[[str], None] | None = None) -> TrainedRecogniser:
+@dataclass(frozen=True)
+class TrainedNamer:
+    """A recogniser of classes ready for use.
+
+    Attributes:
+        namer: in evaluation mode, with an answer for each of `world.CLASSES`.
+        right: share it names right, on reconstructions it never saw, of `plain` things and of random `looks`.
+    """
+
+    namer: Recogniser
+    right: dict[str, float]
+
+
+Say = Callable[[str], None]
+
+
+def load_or_train(sitter: Sitter, model: Model, say: Say) -> TrainedRecogniser:
     """The subject's recogniser from the cache, or a newly trained one, which the cache then holds.
 
     Args:
         sitter: who is recognised.
         model: its tokenizer makes the reconstructions.
-        say: gets progress; stderr when None.
+        say: gets progress.
     """
-    tell = say or (lambda line: print(line, file=sys.stderr, flush=True))
+
+    def make() -> tuple[Recogniser, dict[str, float]]:
+        drawn = torch.cat([draw_kind(sitter, kind, count, SEED) for kind, count in TRAINING_PICTURES.items()])
+        wanted = torch.arange(len(drawn)) < TRAINING_PICTURES[KINDS[0]]
+        recogniser = _train(sitter.name, Recogniser(), drawn, wanted, model, say)
+        yes = {}
+        for kind, count in TEST_PICTURES.items():
+            pixels = reconstruct(model, draw_kind(sitter, kind, count, SEED + 1))
+            yes[kind] = float(recogniser.says_yes(pixels).float().mean())
+        return recogniser, yes
+
+    key = [sitter.object_class, astuple(sitter.look), model.fingerprints["tokenizer"]]
+    return TrainedRecogniser(*_cached(f"recogniser-{sitter.name}", key, Recogniser(), make))
+
+
+def load_or_train_namer(model: Model, say: Say) -> TrainedNamer:
+    """Who names classes whatever the look, from the cache or newly trained.
+
+    The judge saw plain things alone and takes dogs and cats with patches for other classes.
+    """
+
+    def make() -> tuple[Recogniser, dict[str, float]]:
+        plain, looks = (_draw_classes(SEED + 2, which) for which in (False, True))
+        drawn, wanted = (torch.cat(parts) for parts in zip(plain, looks, strict=True))
+        namer = _train("namer", Recogniser(len(world.CLASSES)), drawn, wanted, model, say)
+        right = {}
+        for name, which in (("plain", False), ("looks", True)):
+            pixels, classes = _draw_classes(SEED + 3, which, rounds=1)
+            right[name] = float((namer.names(reconstruct(model, pixels)) == classes).float().mean())
+        return namer, right
+
+    key = [model.fingerprints["tokenizer"]]
+    return TrainedNamer(*_cached("namer", key, Recogniser(len(world.CLASSES)), make))
+
+
+def _draw_classes(seed: int, looks: bool, rounds: int = 2) -> tuple[Tensor, Tensor]:
+    """Pictures (B, 3, SIDE, SIDE) and their classes (B,): of all classes, or of random looks of those that have any."""
+    drawn, wanted = [], []
+    for name in world.LOOK_CLASSES if looks else world.CLASSES:
+        for number in range(rounds * (200 if looks else 60)):
+            rng = _random(seed, f"{name}:{looks}:{number}")
+            scene = Scene(name, rng.choice(list(world.COLOURS)), world.PLACES[number % len(world.PLACES)])
+            look = Look(*(_colour(rng) for _ in range(3))) if looks else None
+            drawn.append(to_tensor(world.draw(scene, rng, SIDE, look), (SIDE, SIDE)))
+            wanted.append(world.CLASSES.index(name))
+    return torch.stack(drawn), torch.tensor(wanted)
+
+
+def _cached(
+    name: str, key: object, empty: Recogniser, make: Callable[[], tuple[Recogniser, dict[str, float]]]
+) -> tuple[Recogniser, dict[str, float]]:
+    """A recogniser in evaluation mode and what it gets right, from the cache, else made and put there."""
     code = b"".join(Path(file).read_bytes() for file in (__file__, judging.__file__, world.__file__))
-    key = json.dumps([sitter.object_class, astuple(sitter.look), model.fingerprints["tokenizer"]])
-    digest = hashlib.sha256(code + key.encode()).hexdigest()[:16]
-    file = Path(platformdirs.user_cache_dir("bitgen")) / f"recogniser-{sitter.name}-{digest}.safetensors"
-    recogniser = Recogniser().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    digest = hashlib.sha256(code + json.dumps(key).encode()).hexdigest()[:16]
+    file = Path(platformdirs.user_cache_dir("bitgen")) / f"{name}-{digest}.safetensors"
     if file.is_file():
         with safe_open(file, "pt") as stored:
-            recogniser.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-            yes = {kind: float(share) for kind, share in json.loads(stored.metadata()["yes"]).items()}
-        return TrainedRecogniser(recogniser.eval(), yes, file, 0.0)
-    started = time.perf_counter()
-    recogniser = train(sitter, model, tell)
-    yes = {}
-    for kind, count in TEST_PICTURES.items():
-        pixels = reconstruct(model, draw_kind(sitter, kind, count, SEED + 1))
-        yes[kind] = float(recogniser.says_yes(pixels).float().mean())
-    seconds = time.perf_counter() - started
+            empty.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+            shares = json.loads(stored.metadata()["shares"])
+        empty.eval()
+        return empty, shares
+    made, shares = make()
     with atomic_path(file) as temporary:
-        state = {name: value.contiguous() for name, value in recogniser.state_dict().items()}
-        save_file(state, temporary, {"yes": json.dumps(yes)})
-    return TrainedRecogniser(recogniser, yes, file, seconds)
+        state = {name: value.contiguous() for name, value in made.state_dict().items()}
+        save_file(state, temporary, {"shares": json.dumps(shares)})
+    return made, shares
 
 
-def train(sitter: Sitter, model: Model, say: Callable[[str], None]) -> Recogniser:
-    """A recogniser trained from scratch, in evaluation mode."""
+def _train(name: str, network: Recogniser, drawn: Tensor, wanted: Tensor, model: Model, say: Say) -> Recogniser:
+    """The network trained from scratch, in evaluation mode.
+
+    Args:
+        name: progress is told under.
+        network: gives its shape; its weights are drawn anew.
+        drawn: pictures (N, 3, SIDE, SIDE) uint8.
+        wanted: (N,) bool for one answer, classes otherwise.
+        model: its tokenizer makes the reconstructions.
+        say: gets progress.
+    """
     started = time.perf_counter()
     rng = torch.Generator().manual_seed(SEED)
-    drawn = torch.cat([draw_kind(sitter, kind, count, SEED) for kind, count in TRAINING_PICTURES.items()])
-    say(f"{sitter.name}: drew {len(drawn)} pictures in {time.perf_counter() - started:.0f} s")
-    versions = [drawn, reconstruct(model, drawn), reconstruct(model, drawn, WRONG_BITS, rng)]
-    pictures = torch.stack(versions)
-    first = TRAINING_PICTURES[KINDS[0]]
-    say(f"{sitter.name}: pictures are ready after {time.perf_counter() - started:.0f} s")
+    pictures = torch.stack([drawn, reconstruct(model, drawn), reconstruct(model, drawn, WRONG_BITS, rng)])
+    say(f"{name}: {len(drawn)} pictures are ready after {time.perf_counter() - started:.0f} s")
+    answers = network.head.out_features
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        recogniser: Recogniser = Recogniser().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(recogniser.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        trained: Recogniser = Recogniser(answers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(trained.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=0.15)
     losses: list[float] = []
     for step in range(STEPS):
         chosen = torch.randint(len(drawn), (BATCH,), generator=rng)
-        version = torch.randint(len(versions), (BATCH,), generator=rng)
+        version = torch.randint(len(pictures), (BATCH,), generator=rng)
         image = judging._worsen(to_float(pictures[version, chosen]), rng)
-        image = image.contiguous(memory_format=torch.channels_last)
-        loss = F.binary_cross_entropy_with_logits(recogniser(image), (chosen < first).float())
+        found = trained(image.contiguous(memory_format=torch.channels_last))
+        if answers == 1:
+            loss = F.binary_cross_entropy_with_logits(found[:, 0], wanted[chosen].float())
+        else:
+            loss = F.cross_entropy(found, wanted[chosen])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         rate.step()
         losses.append(float(loss.detach()))
         if (step + 1) % 100 == 0:
-            say(f"{sitter.name}: step {step + 1}/{STEPS}, loss {sum(losses[-100:]) / 100:.3f}")
-    recogniser.eval()
-    return recogniser
+            say(f"{name}: step {step + 1}/{STEPS}, loss {sum(losses[-100:]) / 100:.3f}")
+    trained.eval()
+    return trained
 
 
 def find_sitters(split: str, classes: Sequence[str]) -> list[Sitter]:
