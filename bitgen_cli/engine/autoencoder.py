@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitgen_cli.config import TokenizerConfig
-from bitgen_cli.engine import winograd
 
 
 def group_norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
@@ -36,16 +35,6 @@ def norm_swish(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
-def activated_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, plus: Tensor | None = None) -> Tensor:
-    """conv(swish(norm(x))), and `plus` added."""
-    if winograd.pays(x, conv, winograd.PLAIN):
-        return winograd.convolve(x, conv, winograd.PLAIN, norm, plus)
-    y: Tensor = conv(norm_swish(x, norm))
-    if plus is None:
-        return y
-    return plus + y if torch.is_grad_enabled() else y.add_(plus)
-
-
 class ResBlock(nn.Module):
     """h = conv2(swish(norm2(conv1(swish(norm1(x)))))); returns shortcut(x) + h."""
 
@@ -58,9 +47,11 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = activated_conv(x, self.norm1, self.conv1)
+        h = self.conv1(norm_swish(x, self.norm1))
+        h = self.conv2(norm_swish(h, self.norm2))
         shortcut = x if self.nin_shortcut is None else self.nin_shortcut(x)
-        return activated_conv(h, self.norm2, self.conv2, shortcut)
+        y: Tensor = shortcut + h if torch.is_grad_enabled() else h.add_(shortcut)
+        return y
 
 
 class Downsample(nn.Module):
@@ -98,8 +89,6 @@ class Upsample(nn.Module):
         self._folded: tuple[tuple[object, ...], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if winograd.pays(x, self.conv, winograd.DOUBLING):
-            return winograd.convolve(x, self.conv, winograd.DOUBLING)
         if x.device.type == "cpu" and not torch.is_grad_enabled() and not self.conv.weight.requires_grad:
             return F.conv_transpose2d(x, self._folded_weight(), self.conv.bias, stride=2, padding=1)
         y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
