@@ -406,12 +406,12 @@ def show_subject(result: SubjectResult) -> None:
     _show_facts(facts)
     rows = []
     for label, name in ((result.phrase, "subject"), (f"{result.class_word}, no token", "class"), ("unrelated",) * 2):
-        if f"val_{name}_adherence" in seen:
-            kept = seen.get(f"val_{name}_agreement")
+        if f"drift_{name}_adherence" in seen:
+            kept = seen.get(f"drift_{name}_agreement")
             same = "" if kept is None else f"{100 * kept:.1f} %"
-            leak = seen.get("val_class_leak") if name == "class" else None
+            leak = seen.get("drift_class_leak") if name == "class" else None
             become = "" if leak is None else f"{100 * max(0.0, leak):.0f} %"
-            rows.append([label, same, f"{100 * seen[f'val_{name}_adherence']:.0f} %", become])
+            rows.append([label, same, f"{100 * seen[f'drift_{name}_adherence']:.0f} %", become])
     if rows:
         print()
         heads = ["pictures", "bits unchanged", "prompt adherence", "like the subject"]

@@ -280,14 +280,14 @@ class SubjectStage:
     def validate(self) -> dict[str, float]:
         """The losses without chance, and the drift: how far pictures of fixed seeds have moved from the base model's.
 
-        `val_class_agreement` and `val_unrelated_agreement` are the share of bits that are still the base model's;
-        `val_SET_adherence` is how much better the base model explains the pictures with their prompts than without, in
-        relation to its own pictures: 1 is as good as before. `val_class_leak` is how much of what has been learned
+        `drift_class_agreement` and `drift_unrelated_agreement` are the share of bits that are still the base model's;
+        `drift_SET_adherence` is how much better the base model explains the pictures with their prompts than without,
+        in relation to its own pictures: 1 is as good as before. `drift_class_leak` is how much of what has been learned
         about the photos is there without the token too: 0 is nothing, at 1 the class has become the subject.
         """
         values = self._validation_losses()
         if self.training.validation_images:
-            values |= {f"val_{name}": value for name, value in self.drift().items()}
+            values |= {f"drift_{name}": value for name, value in self.drift().items()}
         return values
 
     def _validation_losses(self) -> dict[str, float]:

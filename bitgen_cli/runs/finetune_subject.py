@@ -61,7 +61,7 @@ from bitgen_cli.errors import InputError, ResourceError, UsageError
 from bitgen_cli.files import atomic_path, explain, read_json, write_json
 from bitgen_cli.presets import DEFAULT, Resolved, resolve_for_model
 from bitgen_cli.report import Report
-from bitgen_cli.runs.gen_priors import PriorOptions, gen_priors, read_priors, with_article
+from bitgen_cli.runs.gen_priors import PriorOptions, check_class, gen_priors, read_priors, with_article
 from bitgen_cli.runs.train import TrainResult, fit, prepare_device
 
 VERB = "finetune-subject"
@@ -156,9 +156,9 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
         Interrupted: stopped by the user; the run is saved.
     """
     started = time.perf_counter()
-    class_word = " ".join(options.class_word.split())
-    if not class_word:
-        raise UsageError("--class is empty", "say what kind of thing it is, for example --class dog")
+    class_word = check_class(options.class_word)
+    if options.merge is not None:
+        _refuse_used(options.merge)
     name = options.name or _name_of(options.token)
     target = registered_file(name)
     if target.exists() and not options.overwrite:
@@ -476,7 +476,7 @@ def _check_memory(
     if free is not None and own + PROGRAM > free:
         raise ResourceError(
             f"--train {name} needs about {_size(own + PROGRAM)} of memory, {device} has {_size(free)} free",
-            "--train token,lora needs less, and so do --prior none, --set training.subject.batch_size=1 and "
+            "what needs less: --train token,lora, --prior none, --set training.subject.batch_size=1, "
             "--set training.subject.checkpoint_activations=true",
         )
 
@@ -608,7 +608,7 @@ def _finish(
     with atomic_path(target) as temporary:
         temporary.write_bytes(run.subject.read_bytes())
     seen = trained.validation
-    if seen.get("val_class_leak", 0.0) > LEAK:
+    if seen.get("drift_class_leak", 0.0) > LEAK:
         report.warning(
             f"pictures of a {header.class_word} without the token turn into {header.token}; fewer steps, "
             "--prior images or a larger --prior-weight keep the class"
@@ -631,8 +631,7 @@ def _finish(
 
 
 def _merge(subject: Subject, model: Model, out: Path, report: Report) -> Path:
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UsageError(f"{out} is not empty", "choose a new folder for the merged model")
+    _refuse_used(out)
     assert model.text_encoder is not None
     with wearing(model, [Worn(subject)]):
         model.text_encoder.settle()
@@ -646,6 +645,12 @@ def _merge(subject: Subject, model: Model, out: Path, report: Report) -> Path:
             dtype=stored_dtype(model.folder / TRANSFORMER_FILE),
         )
     return out
+
+
+def _refuse_used(out: Path) -> None:
+    """Raises UsageError when a merged model would replace something."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UsageError(f"{out} is not empty", "choose a new folder for the merged model")
 
 
 def _name_of(token: str) -> str:

@@ -162,7 +162,7 @@ def fit(
         stage=stage_name,
         steps=trainer.progress.step,
         loss=values["loss"],
-        validation={name: value for name, value in values.items() if name.startswith("val_")},
+        validation={name: value for name, value in values.items() if name.startswith(("val_", "drift_"))},
         model=run.model,
         seconds=time.perf_counter() - started,
     )

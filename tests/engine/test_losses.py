@@ -10,7 +10,7 @@ import torch
 
 from bitgen_cli.config import OptimizerConfig, TransformerTraining
 from bitgen_cli.engine import scales
-from bitgen_cli.engine.losses import _gaussian, bit_entropy, bit_loss, position_weights, psnr, ssim
+from bitgen_cli.engine.losses import _gaussian, bit_entropy, bit_loss, distillation_loss, position_weights, psnr, ssim
 
 
 def test_undecided_logits_cost_log_two() -> None:
@@ -24,6 +24,29 @@ def test_undecided_logits_cost_log_two() -> None:
     loss, accuracy, _ = bit_loss(right, targets, schedule, training)
     assert loss.item() < 1e-6
     assert accuracy.tolist() == [1.0] * 4
+
+
+def test_distillation_is_the_divergence_from_the_teacher() -> None:
+    schedule = scales.schedule(tiny.config().scales, patchify=False)
+    training = TransformerTraining(steps=1, batch_size=1, optimizer=OptimizerConfig(learning_rate=1))
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, schedule.positions, 12, generator=generator).requires_grad_()
+    pairs = logits.detach().unflatten(-1, (-1, 2))
+    same = distillation_loss(logits, pairs[..., 1] - pairs[..., 0], schedule, training)
+    assert same.item() == pytest.approx(0, abs=1e-6)
+    same.backward()
+    assert logits.grad is not None
+    assert float(logits.grad.abs().max()) < 1e-7, "equal distributions are the minimum"
+    # teacher 3/4, student 1/2: 3/4 log(3/2) + 1/4 log(1/2)
+    margins = torch.full((2, schedule.positions, 6), math.log(3))
+    other = distillation_loss(torch.zeros(2, schedule.positions, 12), margins, schedule, training)
+    assert other.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-5)
+
+
+def test_scales_that_weigh_the_same() -> None:
+    schedule = scales.schedule(tiny.config().scales, patchify=False)
+    weights = position_weights(schedule, "scales")
+    assert [weights[part].sum().item() for part in schedule.slices] == pytest.approx([0.25] * 4)
 
 
 def test_position_weights() -> None:

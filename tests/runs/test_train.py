@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 from bitgen_cli.config import Config
 from bitgen_cli.engine.model_folder import load_model
+from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import ExitCode, InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.tokenize import TokenizeOptions, tokenize
-from bitgen_cli.runs.train import TrainOptions, TrainResult, train
+from bitgen_cli.runs.train import TrainOptions, TrainResult, _load_transformer, train
 
 LOOP: dict[str, Any] = {
     "steps": 7,
@@ -168,6 +169,29 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(
     assert (straight / picture).read_bytes() == (halves / picture).read_bytes()
 
 
+def test_a_model_of_other_scales_lends_its_weights(world: World, tmp_path: Path) -> None:
+    """Each scale begins with the embedding of the scale nearest in size; all other weights are taken as they are."""
+    first = train(options_for("transformer", world, tmp_path / "first", steps=2, sample_every=0), Silent())
+    finer = {
+        **MODEL,
+        "transformer": {**MODEL["transformer"], "scale_embeddings": 6},
+        "scales": {"published": False, "custom": {"1.0": [[1, 1], [2, 2], [3, 3], [4, 4]]}},
+    }
+    config = Config.model_validate({"name": "finer", "model": finer})
+    found = load_model(first.model)
+    transformer = Transformer(config.model)
+    transformer.initialise(torch.Generator().manual_seed(1))
+    fresh = transformer.scale_embedding.weight.detach().clone()
+    _load_transformer(transformer, first.model / "transformer.safetensors", found.config, config.model)
+    assert found.transformer is not None
+    own, theirs = transformer.state_dict(), found.transformer.state_dict()
+    rows, known = own.pop("scale_embedding.weight"), theirs.pop("scale_embedding.weight")
+    # 1, 4, 9 and 16 positions, of 1, 4 and 16
+    assert torch.equal(rows[:4], known[[0, 1, 2, 2]])
+    assert torch.equal(rows[4:], fresh[4:])
+    assert all(torch.equal(own[name], theirs[name]) for name in theirs)
+
+
 def test_the_tokenizer_learns_and_leaves_a_model(tmp_path: Path) -> None:
     recipe = resolved(
         "tokenizer",
@@ -266,8 +290,8 @@ def test_a_store_without_latents_trains_without_flips_alone(world: World, tmp_pa
     for ours, theirs in zip(measured(tmp_path / "plain"), measured(tmp_path / "latents"), strict=True):
         assert ours.pop("grad_norm", 0) == pytest.approx(theirs.pop("grad_norm", 0), rel=1e-2)
         for name in [name for name in ours if "bit_accuracy" in name]:
-            # a share of few bits: one of 512 more or less is already .002
-            assert ours.pop(name) == pytest.approx(theirs.pop(name), abs=0.005)
+            # a share of 512 bits: with other bits to predict, one of them may be predicted otherwise
+            assert ours.pop(name) == pytest.approx(theirs.pop(name), abs=1.5 / 512)
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
