@@ -253,11 +253,11 @@ class SubjectStage:
         learned = "token" in self.training.train
         fixed = [c for c in dict.fromkeys(captions) if c not in self._features_of]
         fixed = [c for c in fixed if not (learned and self.header.token in c)]
-        if fixed:
+        for caption in fixed:
+            # alone, so that its last digits hang on no neighbour: a resumed run meets captions in other company
             with torch.no_grad():
-                encoded = self.module.text_encoder.encode(fixed)
-            for caption, row, length in zip(fixed, encoded.features, encoded.lengths, strict=True):
-                self._features_of[caption] = row[:length].detach()
+                encoded = self.module.text_encoder.encode([caption])
+            self._features_of[caption] = encoded.features[0, : encoded.lengths[0]].detach()
         moving = [c for c in dict.fromkeys(captions) if c not in self._features_of]
         rows = dict(self._features_of)
         if moving:
