@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 
 from bitgen_cli.errors import ExitCode
+
+GARBAGE_COLLECTION = (200_000, 20, 100)
+"""Objects made before the youngest are looked through, and how many such looks before older ones are."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,6 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; None takes those of the process.
     """
+    # importing torch and transformers makes millions of objects that stay: looking through them again and again for
+    # garbage is a quarter of the time from the command to the picture
+    gc.set_threshold(*GARBAGE_COLLECTION)
     try:
         from bitgen_cli.app import run
     except KeyboardInterrupt:  # also in the tenth of a second before the command line is read

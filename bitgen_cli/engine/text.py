@@ -2,6 +2,8 @@
 
 Source of the published use: INFINITY_FORMAT section 5, "Prompt": T5 tokens with </s>, the encoder's last hidden state,
 rows of real tokens only.
+
+transformers takes as long to import as everything else together, so it waits until an encoder is made.
 """
 
 from __future__ import annotations
@@ -9,17 +11,19 @@ from __future__ import annotations
 import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Vocabulary
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
-from transformers.utils import logging as transformers_logging
 
 from bitgen_cli.config import TextEncoderConfig
 from bitgen_cli.engine.transformer import TextFeatures
 from bitgen_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
@@ -164,6 +168,8 @@ def new_text_encoder(config: TextEncoderConfig, captions: Iterable[str], max_len
         max_length: longest prompt in tokens.
         seed: of the weights.
     """
+    from transformers import T5Config, T5EncoderModel
+
     assert config.vocabulary is not None
     assert config.width is not None
     assert config.layers is not None
@@ -194,6 +200,9 @@ def load_text_encoder(source: str, max_length: int, device: torch.device, dtype:
     Raises:
         InputError: it cannot be found, read, or is no T5.
     """
+    from transformers import T5EncoderModel
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:

@@ -189,6 +189,8 @@ def sample(options: SampleOptions, report: Report) -> SampleResult:
     requests = list(_requests(options))
     if not requests:
         raise UsageError("no prompt", 'for example: bitgen sample "a red dog on the moon"')
+    if not all(request.prompts[0].strip() for request in requests):
+        raise UsageError("the prompt is empty", "say what to draw")
     parts = _load(options)
     jobs = [job for request in requests for job in _jobs(request, parts)]
     _tell_subjects(jobs, report)
@@ -268,8 +270,6 @@ def _from_json(options: SampleOptions, line: str, where: str) -> SampleOptions:
 
 def _jobs(options: SampleOptions, parts: _Parts) -> list[_Job]:
     prompt = options.prompts[0].strip()
-    if not prompt:
-        raise UsageError("the prompt is empty", "say what to draw")
     sampling = chosen_sampling(options, parts.model)
     scales = _schedule(options, parts.model)
     plan(sampling, len(scales))  # a list of another length is refused before anything is drawn
