@@ -507,7 +507,7 @@ def gen_priors(
     What is there already is reused. Started again, it goes on where it stopped.
     """
     from bitgen_cli import console
-    from bitgen_cli.runs.gen_priors import TEMPLATES, PriorOptions
+    from bitgen_cli.runs.gen_priors import PriorOptions
     from bitgen_cli.runs.gen_priors import gen_priors as draw
 
     options = PriorOptions(
@@ -515,7 +515,7 @@ def gen_priors(
         count=count,
         model=model,
         output=output,
-        templates=tuple(templates or TEMPLATES),
+        templates=tuple(templates) if templates else None,
         seed=seed,
         batch_size=batch_size,
         overrides=tuple(overrides or ()),

@@ -59,9 +59,10 @@ from bitgen_cli.engine.tensors import save_tensors, stored_dtype
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.errors import InputError, ResourceError, UsageError
 from bitgen_cli.files import atomic_path, explain, read_json, write_json
-from bitgen_cli.presets import DEFAULT, Resolved, resolve_for_model
+from bitgen_cli.presets import DEFAULT, Resolved
 from bitgen_cli.report import Report
 from bitgen_cli.runs.gen_priors import PriorOptions, check_class, gen_priors, read_priors, with_article
+from bitgen_cli.runs.recipes import subject_recipe
 from bitgen_cli.runs.train import TrainResult, fit, prepare_device
 
 VERB = "finetune-subject"
@@ -164,7 +165,7 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
     if target.exists() and not options.overwrite:
         raise UsageError(f"a subject {name} is known already", "--name gives another name, --overwrite replaces it")
     device = prepare_device(options.device)
-    run = RunFolder(options.out or Path(f"subject-{name}"))
+    run = RunFolder(options.out or _run_folder(name, fresh=target.exists()))
     run.refuse_used()
     files = find_photos(options.photos, report)
     photos = [load_picture(file) for file in files]
@@ -389,6 +390,7 @@ def _class_samples(
             model=options.model,
             output=options.priors,
             templates=tuple(training.prior_templates),
+            sampling=config.sampling,
             device=options.device,
         ),
         report,
@@ -413,21 +415,13 @@ def _whole_model(folder: Path, name: str, device: torch.device) -> Model:
 
 def _resolve(options: SubjectOptions, model: Model, device: torch.device) -> Resolved:
     """The model's configuration with the recipe; bfloat16 where the device is faster with it and nobody chose."""
-    stored = {
-        "name": options.model,
-        "model": model.config.model_dump(mode="json"),
-        "sampling": model.sampling.model_dump(mode="json"),
-        "training": {SUBJECT: {}},
-    }
-    preset = options.preset or ("demo" if options.model == "demo" else None)
-    resolved = resolve_for_model(
-        stored,
-        SUBJECT,
-        where=f"the model {options.model}",
-        preset=preset,
+    resolved = subject_recipe(
+        model,
+        options.model,
+        preset=options.preset,
         config_file=options.config_file,
         overrides=options.overrides,
-        flags=options.flags or {},
+        flags=options.flags,
     )
     if resolved.origins["training.subject.precision"] != DEFAULT or not bf16_is_fast(device):
         return resolved
@@ -651,6 +645,14 @@ def _refuse_used(out: Path) -> None:
     """Raises UsageError when a merged model would replace something."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UsageError(f"{out} is not empty", "choose a new folder for the merged model")
+
+
+def _run_folder(name: str, *, fresh: bool) -> Path:
+    """Where the run goes when nobody says; `fresh` goes beside the runs that made the subject before."""
+    folder, number = Path(f"subject-{name}"), 2
+    while fresh and folder.exists():
+        folder, number = Path(f"subject-{name}-{number}"), number + 1
+    return folder
 
 
 def _name_of(token: str) -> str:

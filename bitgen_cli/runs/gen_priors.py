@@ -34,6 +34,7 @@ from bitgen_cli.engine.scales import Schedule, nearest_ratio, schedule
 from bitgen_cli.errors import InputError, Interrupted, UsageError
 from bitgen_cli.files import PARTIAL, data_folder, explain, read_json, write_json
 from bitgen_cli.report import Report, Task
+from bitgen_cli.runs.recipes import subject_recipe
 from bitgen_cli.runs.sample import (
     BATCH,
     SampleOptions,
@@ -48,8 +49,6 @@ from bitgen_cli.runs.sample import (
 MANIFEST = "manifest.json"
 CLASS = "{class}"
 """Stands for the class in templates and captions."""
-TEMPLATES: tuple[str, ...] = tuple(SubjectTraining().prior_templates)
-"""Prompts when nothing else is asked for: those of `bitgen finetune-subject`, so that both share their pictures."""
 COUNT = SubjectTraining().prior_images
 LONGEST_CLASS = 60
 """Characters of a class word."""
@@ -139,8 +138,9 @@ class PriorOptions:
         class_word: what they show, a word or a few.
         count: pictures there are to be, at least; the user's own counted in.
         model: `demo`, a model folder or a run folder.
-        output: their folder; None keeps them among the user's data, apart for each base model and class.
-        templates: prompts with {class}, used in turn.
+        output: their folder; None keeps them among the user's data, apart for everything that decides what they show.
+        templates: prompts with {class}, used in turn; None takes those `bitgen finetune-subject` would, so that both
+            share their pictures.
         seed: of the first picture; the next ones count up.
         batch_size: pictures drawn at once; no influence on them.
         sampling: settings; None takes the model's own.
@@ -152,7 +152,7 @@ class PriorOptions:
     count: int = COUNT
     model: str = BUILT_IN
     output: Path | None = None
-    templates: tuple[str, ...] = TEMPLATES
+    templates: tuple[str, ...] | None = None
     seed: int = 0
     batch_size: int | None = None
     sampling: SamplingConfig | None = None
@@ -219,7 +219,7 @@ def gen_priors(options: PriorOptions, report: Report, model: Model | None = None
     started = time.perf_counter()
     base = _without_weights(options.model) if model is None else model
     wanted, scales = _wanted(options, base)
-    place = default_folder(base.fingerprints, wanted.class_word) if options.output is None else options.output
+    place = default_folder(wanted) if options.output is None else options.output
     place = place.expanduser()
     known = _open(place, wanted)
     own, unreadable = _own_pictures(place, known)
@@ -276,10 +276,12 @@ def read_priors(folder: Path, class_word: str, fingerprints: Mapping[str, str]) 
     return found
 
 
-def default_folder(fingerprints: Mapping[str, str], class_word: str) -> Path:
-    """Where pictures of a class are kept: apart for each base model."""
-    digest = hashlib.sha256("".join(f"{part}={fingerprints[part]}\n" for part in sorted(fingerprints)).encode())
-    return data_folder() / "priors" / digest.hexdigest()[:12] / slug(class_word)
+def default_folder(wanted: Manifest) -> Path:
+    """Where pictures are kept: apart for each base model, and for each class and way of drawing it."""
+    base = "".join(f"{part}={wanted.base[part]}\n" for part in sorted(wanted.base))
+    drawn = wanted.model_dump_json(include={"class_word", "templates", "seed", "sampling", "size"})
+    model, way = (hashlib.sha256(text.encode()).hexdigest() for text in (base, drawn))
+    return data_folder() / "priors" / model[:12] / f"{slug(wanted.class_word)}-{way[:8]}"
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
@@ -363,7 +365,7 @@ def _wanted(options: PriorOptions, model: Model) -> tuple[Manifest, Schedule]:
     Raises:
         UsageError: options that do not fit the model.
     """
-    class_word, templates = check_class(options.class_word), _check_templates(options.templates)
+    class_word, templates = check_class(options.class_word), _check_templates(_templates(options, model))
     for flag, number in (("--count", options.count), ("--batch-size", options.batch_size)):
         if number is not None and number < 1:
             raise UsageError(f"{flag} {number} must be at least 1")
@@ -386,6 +388,14 @@ def _wanted(options: PriorOptions, model: Model) -> tuple[Manifest, Schedule]:
         pictures=[],
     )
     return manifest, scales
+
+
+def _templates(options: PriorOptions, model: Model) -> Sequence[str]:
+    if options.templates is not None:
+        return options.templates
+    training = subject_recipe(model, options.model).config.training.subject
+    assert training is not None
+    return training.prior_templates
 
 
 def _square(model: Model) -> Schedule:

@@ -23,6 +23,7 @@ from bitgen_cli.engine.subject import HEADER, PREFIX, ROW, START, Worn, find_sub
 from bitgen_cli.errors import BitgenError, ConfigError, InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.finetune_subject import SubjectOptions, SubjectResult, finetune_subject, merge_subject, views
+from bitgen_cli.runs.gen_priors import PriorOptions, gen_priors, read_manifest
 from bitgen_cli.runs.inspect_config import InspectOptions, inspect
 from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.sample import SampledPicture, SampleOptions, sample
@@ -203,11 +204,23 @@ def test_distillation_starts_at_nothing(model: Path, photos: Path) -> None:
     assert moved.validation["val_prior_loss"] > 1e-4
 
 
-def test_existing_class_pictures_are_used_again(model: Path, photos: Path) -> None:
-    learn(model, photos, name="one")
+def test_existing_class_pictures_are_used_again(model: Path, photos: Path, home: Path) -> None:
+    """Those of gen-priors too, as long as both would draw the same."""
+    made = gen_priors(PriorOptions("dog", 4, str(model)), Silent())
+    before = digest(made.folder)
     report = Silent()
-    learn(model, photos, report, name="two", flags={"prior_images": 4})
-    assert any("4" in notice and "dog" in notice for notice in report.notices)
+    learn(model, photos, report, name="one", flags={"steps": 1})
+    assert any("4 class pictures" in notice for notice in report.notices)
+    assert list(made.folder.parent.iterdir()) == [made.folder]
+    assert digest(made.folder) == before
+    learn(model, photos, name="two", flags={"steps": 1}, overrides=("sampling.tau=0.5",))
+    learn(model, photos, name="three", flags={"steps": 1, "prior_templates": ["the {class}"]})
+    others = sorted(set(made.folder.parent.iterdir()) - {made.folder})
+    manifests = [read_manifest(folder) for folder in others]
+    assert {(manifest.sampling.tau, *manifest.templates) for manifest in manifests} == {
+        (0.5, *read_manifest(made.folder).templates),
+        (read_manifest(made.folder).sampling.tau, "the {class}"),
+    }
 
 
 def test_merged_is_as_worn(model: Path, photos: Path, tmp_path: Path) -> None:
@@ -379,7 +392,9 @@ def test_what_a_user_can_get_wrong(model: Path, photos: Path) -> None:
     with pytest.raises(UsageError, match="known already"):
         learn(model, photos)
     with pytest.raises(UsageError, match="already holds a run"):
-        learn(model, photos, overwrite=True)
+        learn(model, photos, overwrite=True, out=Path("subject-v"))
+    again = learn(model, photos, overwrite=True, flags={"steps": 1, "prior": "none"})
+    assert (again.name, again.run) == ("v", Path("subject-v-2")), "the run that was there is kept"
 
 
 def test_a_doomed_run_is_refused_before_anything_is_made(

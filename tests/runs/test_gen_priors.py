@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from bitgen_cli.__main__ import main
-from bitgen_cli.config import ModelConfig, SamplingConfig, SubjectTraining
+from bitgen_cli.config import ModelConfig, SamplingConfig
 from bitgen_cli.engine.model_folder import Model, load_model, read_model_config, save_model
 from bitgen_cli.engine.text import new_text_encoder
 from bitgen_cli.engine.tokenizer import Tokenizer
@@ -220,12 +220,6 @@ def test_a_model_without_a_transformer_is_told(model: Path) -> None:
     assert not Path("p").exists()
 
 
-def test_defaults_are_those_of_the_subject_training() -> None:
-    """So that `gen-priors --class dog` and `finetune-subject --class dog` share their pictures."""
-    assert PriorOptions("dog").templates == tuple(SubjectTraining().prior_templates)
-    assert PriorOptions("dog").count == SubjectTraining().prior_images
-
-
 # -- asked for again ---------------------------------------------------------------------------------------------------
 
 
@@ -370,8 +364,13 @@ def test_each_base_model_and_class_has_its_default_folder(model: Path, other_mod
         for word in ("dog", "../orange car")
     ]
     assert len(set(places)) == 4
-    assert [place.relative_to(home / "priors").parts[1] for place in places] == ["dog", "orange-car"] * 2
+    names = [place.relative_to(home / "priors").parts[1].rpartition("-")[0] for place in places]
+    assert names == ["dog", "orange-car"] * 2
     assert make(model, None, count=1).reused == 1
+    # so does every way of drawing the class: none of them is in another's way
+    others = ({"templates": ("the {class}",)}, {"seed": 5}, {"overrides": ("sampling.tau=0.5",)})
+    places += [make(model, None, count=1, **other).folder for other in others]
+    assert len(set(places)) == 7
 
 
 # -- the user's own pictures -------------------------------------------------------------------------------------------
@@ -628,7 +627,7 @@ def test_the_command_line(model: Path, home: Path, capsys: pytest.CaptureFixture
     assert (made["class"], made["count"], made["made"], made["reused"], made["own"]) == ("apple", 3, 3, 0, 0)
     assert [picture["prompt"] for picture in made["pictures"]] == ["an apple", "one apple", "an apple"]
     assert all(Path(picture["path"]).is_relative_to(home / "priors") for picture in made["pictures"])
-    assert main(command) == 2
+    assert main([*command, "--output", str(Path(made["folder"]))]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "holds other class pictures: templates" in shown.err
