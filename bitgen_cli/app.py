@@ -404,6 +404,10 @@ def finetune_subject(
         bool | None,
         _flag("--flip/--no-flip", "Also learn from mirrored photos; wrong where left and right differ.", _LEARNING),
     ] = None,
+    resolution: Annotated[
+        str | None,
+        _option("RESOLUTION", "Learn at this pixel budget: 0.06M, 0.25M, 0.60M or 1M.", _LEARNING),
+    ] = None,
     preset: Annotated[
         str | None,
         _option("PRESET", "Take this preset's recipe.", _CONFIGURING),
@@ -443,6 +447,7 @@ def finetune_subject(
         "prior": prior,
         "prior_weight": prior_weight,
         "flip": flip,
+        "resolution": resolution,
         "steps": steps,
         "seed": seed,
     }
@@ -488,7 +493,7 @@ def gen_priors(
         Path | None,
         _option(
             "FOLDER",
-            "Their folder; without one, they are kept where finetune-subject finds them.",
+            "Their folder; without one, they are kept where finetune-subject with the same settings finds them.",
             _OUTPUT,
             ("--output", "-o"),
         ),

@@ -419,6 +419,9 @@ class SubjectTraining(LoopConfig):
         default=["a {class}", "a photo of a {class}", "one {class}", "the {class}"],
         description="prompts of the class samples",
     )
+    resolution: Resolution | None = Field(
+        default=None, description="pixel budget learned and drawn at; null takes the model's own"
+    )
     buckets: bool = Field(
         default=False, description="give each photo the aspect ratio nearest to its own; otherwise all are square"
     )
@@ -432,7 +435,8 @@ class SubjectTraining(LoopConfig):
     )
     flip_scales: NonNegativeInt = Field(default=13, description="scales that get flips")
     caption_dropout: Fraction = Field(
-        default=0.1, description="share of class captions replaced by the unconditional one"
+        default=0.25,
+        description="share of class batches without captions, for which the base model's bit distributions are kept",
     )
     unrelated_prompts: Annotated[list[str], Field(min_length=1)] = Field(
         default=[

@@ -63,6 +63,7 @@ _bitgen() {
         'finetune-subject --prior') words='images distill none' paths= ;;
         'finetune-subject --prior-weight') words='' paths= ;;
         'finetune-subject --priors') words='' paths=folders ;;
+        'finetune-subject --resolution') words='0.06M 0.25M 0.60M 1M' paths= ;;
         'finetune-subject --preset') words='16bit 32bit 64bit demo infinity-2b infinity-8b layer16 layer24 layer32 layer40 layer48' paths= ;;
         'finetune-subject --config') words='' paths=files ;;
         'finetune-subject --set') words='' paths= ;;
@@ -89,7 +90,7 @@ _bitgen() {
                 sample) words='' paths= options='--model --num-images -n --prompts --seed --cfg --cfg-layer --tau --top-k --top-p --greedy --negative-prompt --aspect --resolution --subject --output -o --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --set --help -h' ;;
                 tokenize) words='' paths=folders options='--model --resolution --latents --no-latents --reconstruct --json --batch-size --workers --device --dtype --help -h' ;;
                 train) words='' paths= options='--data --out --preset --stage --init --config --set --steps --batch-size --seed --device --json --help -h' ;;
-                finetune-subject) words='' paths=folders options='--class --token --name --model --out --overwrite --merge --subject --train --prior --prior-weight --priors --flip --no-flip --preset --config --set --steps --seed --device --json --help -h' ;;
+                finetune-subject) words='' paths=folders options='--class --token --name --model --out --overwrite --merge --subject --train --prior --prior-weight --priors --flip --no-flip --resolution --preset --config --set --steps --seed --device --json --help -h' ;;
                 gen-priors) words='' paths= options='--class --count --model --template --seed --output -o --json --batch-size --device --dtype --set --help -h' ;;
                 resume) words='' paths=folders options='--steps --device --json --help -h' ;;
                 inspect-config) words='16bit 32bit 64bit demo infinity-2b infinity-8b layer16 layer24 layer32 layer40 layer48' paths=files options='--config --set --schema --json --help -h' ;;

@@ -71,7 +71,6 @@ class Picture:
     image: Image.Image
     caption: str
     scene: Scene
-    mirrored: bool
 
 
 def mix(a: Rgb, b: Rgb, share: float) -> Rgb:
@@ -108,24 +107,22 @@ class Paint:
 
 
 class Pen:
-    """Draws in an object's coordinates: turned, mirrored, scaled, and moved to its centre.
+    """Draws in an object's coordinates: turned, scaled, and moved to its centre.
 
     With a `rim` colour everything is drawn in that colour and a little larger: the silhouette behind the object, which
     sets it off from any background.
     """
 
-    def __init__(self, image: Image.Image, centre: Point, scale: float, mirrored: bool, angle: float) -> None:
+    def __init__(self, image: Image.Image, centre: Point, scale: float, angle: float) -> None:
         self._draw = ImageDraw.Draw(image)
         self._centre = centre
         self._scale = scale
-        self._sign = -1 if mirrored else 1
         self._cos, self._sin = math.cos(angle), math.sin(angle)
         self.rim: Rgb | None = None
 
     def _place(self, points: Sequence[Point]) -> list[Point]:
         placed = []
         for x, y in points:
-            x *= self._sign
             placed.append(
                 (
                     self._centre[0] + self._scale * (x * self._cos - y * self._sin),
@@ -575,17 +572,17 @@ def road(canvas: Canvas, horizon: float) -> None:
         canvas.rectangle(left, middle - 0.018, left + 0.16, middle + 0.018, (246, 220, 90))
 
 
-def draw(
-    scene: Scene, rng: random.Random, size: int = 64, look: Look | None = None, mirrored: bool | None = None
-) -> Image.Image:
+def draw(scene: Scene, rng: random.Random, size: int = 64, look: Look | None = None) -> Image.Image:
     """A picture of a scene.
+
+    Things face right and stand near the middle, and vary little in size: bits of a scale are predicted independently of
+    each other, and what might be anywhere in the picture, either way round, would be drawn a bit of everywhere.
 
     Args:
         scene: what to draw.
         rng: decides position, size, pose and background; the same state gives the same bytes.
         size: pixels along one side.
         look: draws this subject instead of one of the scene's colour.
-        mirrored: whether the thing faces left; None leaves it to `rng`.
 
     Raises:
         ValueError: the class has no looks.
@@ -594,19 +591,17 @@ def draw(
         raise ValueError(f"{scene.object_class} has no looks; {', '.join(LOOK_CLASSES)} have")
     width = size * SUPERSAMPLING
     canvas = Canvas(width, rng)
-    horizon = rng.uniform(0.52, 0.66)
+    horizon = rng.uniform(0.55, 0.63)
     _PLACE_DRAWINGS[scene.place](canvas, horizon)
     body = canvas.near(look.coat if look else COLOURS[scene.colour])
-    scale = rng.uniform(0.29, 0.38)
-    x = rng.uniform(0.5 - 0.9 * (0.46 - scale), 0.5 + 0.9 * (0.46 - scale))
+    scale = rng.uniform(0.34, 0.38)
+    x = rng.uniform(0.45, 0.55)
     if scene.place in FLOATING:
-        y = rng.uniform(scale + 0.06, 0.94 - scale)
+        y = rng.uniform(0.45, 0.53)
     else:
-        y = min(0.95 - 0.9 * scale, horizon + rng.uniform(0.02, 0.2) - scale * 0.4)
+        y = min(0.95 - 0.9 * scale, horizon + rng.uniform(0.06, 0.12) - scale * 0.4)
         _shadow(canvas, x, y + 0.86 * scale, scale)
-    turned = rng.random() < 0.5
-    turned = turned if mirrored is None else mirrored
-    pen = Pen(canvas.image, (x * width, y * width), scale * width, turned, rng.uniform(-0.1, 0.1))
+    pen = Pen(canvas.image, (x * width, y * width), scale * width, rng.uniform(-0.05, 0.05))
     paint, sway = Paint.of(body, look), rng.uniform(-1, 1)
     pen.rim = paint.rim
     OBJECTS[scene.object_class](pen, paint, sway)
@@ -670,24 +665,11 @@ PLACE_WORDS: dict[str, tuple[str, ...]] = {
     "sky": ("sky", "clouds"),
     "road": ("road", "street"),
 }
-LEFT, RIGHT = "facing left", "facing right"
-SHARE_LEFT, SHARE_RIGHT = 0.3, 0.1
-"""Share of pictures whose thing faces left, and of the other captions that say it faces right.
-
-A thing faces right unless its caption says otherwise: of one that might face either way nobody can say which side its
-head is on, and bits predicted independently of each other would give it two.
-"""
 PREFIXES = ("a photo of", "a picture of", "an image of", "a drawing of", "an illustration of")
 
 
-def caption(scene: Scene, rng: random.Random, mirrored: bool = False) -> str:
-    """A caption of a scene: synonyms, word orders, sometimes without the colour, the place, or both.
-
-    Args:
-        scene: what is drawn.
-        rng: decides the words.
-        mirrored: whether the thing faces left, which the caption then always says.
-    """
+def caption(scene: Scene, rng: random.Random) -> str:
+    """A caption of a scene: synonyms, word orders, sometimes without the colour, the place, or both."""
     noun = _word(CLASS_WORDS[scene.object_class], rng)
     colour = _word(COLOUR_WORDS[scene.colour], rng)
     left_out = rng.random()
@@ -695,10 +677,6 @@ def caption(scene: Scene, rng: random.Random, mirrored: bool = False) -> str:
         colour = ""
     with_place = not 0.10 <= left_out < 0.19
     thing = f"{colour} {noun}".strip()
-    direction = LEFT if mirrored else RIGHT if rng.random() < SHARE_RIGHT else ""
-    behind = rng.random() < 0.5
-    if direction and not behind:
-        thing = f"{thing} {direction}"
     phrase, word = _word(PLACE_PHRASES[scene.place], rng), _word(PLACE_WORDS[scene.place], rng)
     article = rng.choice((_article(thing), _article(thing), _article(thing), "the", "one"))
     order = rng.random()
@@ -712,15 +690,12 @@ def caption(scene: Scene, rng: random.Random, mirrored: bool = False) -> str:
         text = f"{phrase}, {article} {thing}"
     elif order < 0.88:
         text = f"{word}, {_article(noun)} {noun}" + (f", {colour}" if colour else "")
-        behind = True
     else:
         text = f"{thing} {phrase}"
     if rng.random() < 0.25:
         prefix = rng.choice(PREFIXES)
         if text.startswith(("a ", "an ", "the ", "one ")):
             text = f"{prefix} {text}"
-    if direction and behind:
-        text = f"{text}, {direction}"
     return _finish(text, rng)
 
 
@@ -769,16 +744,15 @@ def caption_at(index: int, seed: int = 0, held_out: bool = False) -> str:
     """The caption of picture `index`, without drawing it."""
     rng = _random(index, seed)
     scene = _scene(rng, held_out)
-    return caption(scene, rng, rng.random() < SHARE_LEFT)
+    return caption(scene, rng)
 
 
 def picture(index: int, seed: int = 0, size: int = 64, held_out: bool = False) -> Picture:
     """Picture `index` of the world of that seed; a pure function of its arguments."""
     rng = _random(index, seed)
     scene = _scene(rng, held_out)
-    mirrored = rng.random() < SHARE_LEFT
-    text = caption(scene, rng, mirrored)
-    return Picture(draw(scene, rng, size, mirrored=mirrored), text, scene, mirrored)
+    text = caption(scene, rng)
+    return Picture(draw(scene, rng, size), text, scene)
 
 
 def _scene(rng: random.Random, held_out: bool) -> Scene:

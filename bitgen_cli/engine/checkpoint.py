@@ -73,6 +73,11 @@ class RunFolder:
         return self.path / "subject.safetensors"
 
     @property
+    def best_subject(self) -> Path:
+        """The subject file as it was at the best checkpoint."""
+        return self.path / "best" / "subject.safetensors"
+
+    @property
     def start(self) -> Path:
         """What the training needs of the model it began with."""
         return self.path / "start"
@@ -94,6 +99,8 @@ class RunFolder:
     def refuse_used(self) -> None:
         """Raises UsageError when there is a run here already, or other files."""
         if (self.path / "config.json").exists():
+            if not self.steps():
+                raise UsageError(f"{self.path} holds a run that had not saved anything yet", "remove it and try again")
             raise UsageError(f"{self.path} already holds a run", f"`bitgen resume {self.path}` continues it")
         if self.path.is_file():
             raise UsageError(f"{self.path} is a file", "choose a new folder for the run")
@@ -193,7 +200,7 @@ class RunFolder:
             except InputError as error:
                 report.warning(f"checkpoint {self._folder(step).name} is left out: {error.message}")
         raise InputError(
-            f"{self.path} holds no whole checkpoint to continue from", "train again into a new folder"
+            f"{self.path} holds no whole checkpoint to continue from", "remove it and train again"
         )
 
     def log(self, values: Mapping[str, float]) -> None:

@@ -11,6 +11,7 @@ The header says which token, class and base model it belongs to, and the recipe.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ HEADER = "bitgen_subject"
 LONGEST_TOKEN = 40
 """Characters of a token."""
 
-_IN_BRACKETS = re.compile(r"\[[^\[\]\s]+\]")
+_IN_BRACKETS = re.compile(r"\[[^\[\]\n]+\]")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -169,14 +170,23 @@ def registered_file(name: str) -> Path:
 
 def known_subjects() -> list[Subject]:
     """Every readable subject of the registry, by name."""
-    found = []
+    return [subject for subject in _registered().values() if subject is not None]
+
+
+def unreadable_subjects() -> list[Path]:
+    """Files of the registry that are no subjects any more."""
+    return [file for file, subject in _registered().items() if subject is None]
+
+
+def _registered() -> dict[Path, Subject | None]:
+    found: dict[Path, Subject | None] = {}
     for file in sorted(registry().glob(f"*{SUFFIX}")) if registry().is_dir() else []:
         if file.name.startswith("."):
             continue
         try:
-            found.append(read_subject(file))
+            found[file] = read_subject(file)
         except InputError:
-            continue  # named when it is asked for
+            found[file] = None
     return found
 
 
@@ -191,7 +201,7 @@ def find_subject(name: str) -> Subject:
         return read_subject(Path(name).expanduser())
     file = registered_file(name)
     if not file.is_file():
-        raise UsageError(f"no subject {name!r}", _known_hint(known_subjects()))
+        raise UsageError(f"no subject {name!r}", _known_hint(known_subjects(), unreadable_subjects()))
     return read_subject(file, name)
 
 
@@ -224,28 +234,40 @@ def check_token(token: str, encoder: TextEncoder) -> None:
 
 
 def tokens_in(prompt: str, candidates: Iterable[str]) -> list[str]:
-    """The candidates and everything in brackets that stand in a prompt, in their order, each once."""
-    found = {match.start(): match.group() for match in _IN_BRACKETS.finditer(prompt)}
-    for token in candidates:
-        whole = rf"(?<!\w){re.escape(token)}(?!\w)" if token[0].isalnum() else re.escape(token)
-        for match in re.finditer(whole, prompt):
-            found[match.start()] = token
-    return list(dict.fromkeys(token for _, token in sorted(found.items())))
+    """The candidates and everything in brackets that stand in a prompt, in their order, each once.
+
+    Of several that overlap, the one that begins first counts, and of those the longest.
+    """
+    patterns = [re.compile(rf"(?<!\w){re.escape(t)}(?!\w)" if t[0].isalnum() else re.escape(t)) for t in candidates]
+    spans = [match.span() for pattern in (_IN_BRACKETS, *patterns) for match in pattern.finditer(prompt)]
+    found, free = [], 0
+    for start, end in sorted(spans, key=lambda span: (span[0], -span[1])):
+        if start >= free:
+            found.append(prompt[start:end])
+            free = end
+    return list(dict.fromkeys(found))
 
 
-def choose_subjects(prompt: str, model: Model, known: Sequence[Subject], asked: Sequence[Worn]) -> tuple[Worn, ...]:
-    """The subjects a prompt is drawn with: those asked for, and those whose tokens stand in it.
+def choose_subjects(
+    prompt: str, model: Model, known: Sequence[Subject], asked: Sequence[Worn], negative: str | None = None
+) -> tuple[Worn, ...]:
+    """The subjects a prompt is drawn with: those asked for, and those whose tokens stand in it or its negative prompt.
 
     Args:
         prompt: what is drawn.
         model: the model it is drawn with.
         known: subjects that may be found by their token.
         asked: subjects chosen by the user, which win over known ones of the same token.
+        negative: what the picture is to keep away from.
 
     Raises:
-        UsageError: a token nobody knows, or that means several subjects; a subject of another base model; one that was
-            asked for and does not stand in the prompt; several that cannot be drawn together.
+        UsageError: a token nobody knows, that means several subjects, or that stands behind the part of a long prompt
+            that is read; a subject of another base model; one that was asked for and does not stand in the prompt;
+            several that cannot be drawn together.
     """
+    for token, count in Counter(worn.subject.token for worn in asked).items():
+        if count > 1:
+            raise UsageError(f"--subject names {token} {count} times", "one subject can go by a token")
     own = [subject for subject in known if subject.header.base == model.fingerprints]
     by_token: dict[str, list[Worn]] = {worn.subject.token: [worn] for worn in asked}
     for subject in own:
@@ -253,7 +275,8 @@ def choose_subjects(prompt: str, model: Model, known: Sequence[Subject], asked: 
             by_token.setdefault(subject.token, []).append(Worn(subject))
     chosen: list[Worn] = []
     assert model.text_encoder is not None
-    for token in tokens_in(prompt, by_token):
+    texts = [prompt] if negative is None else [prompt, negative]
+    for token in dict.fromkeys(token for text in texts for token in tokens_in(text, by_token)):
         found = by_token.get(token, [])
         if not found and model.text_encoder.knows(token):
             continue  # a merged model has it in its vocabulary
@@ -263,6 +286,8 @@ def choose_subjects(prompt: str, model: Model, known: Sequence[Subject], asked: 
             names = ", ".join(worn.subject.name for worn in found)
             raise UsageError(f"{token} stands for several subjects: {names}", "choose one with --subject NAME")
         chosen += found
+    for text in texts:
+        _require_read(text, [worn.subject.token for worn in chosen], model.text_encoder)
     for worn in asked:
         require_base(worn.subject, model)
         if worn not in chosen:
@@ -278,6 +303,21 @@ def choose_subjects(prompt: str, model: Model, known: Sequence[Subject], asked: 
             "learn both with --train token,lora, or with --train token",
         )
     return tuple(chosen)
+
+
+def _require_read(text: str, tokens: Sequence[str], encoder: TextEncoder) -> None:
+    """Raises UsageError when a subject's token stands behind the part of a long text that the encoder reads."""
+    for token in tokens:
+        before, found, _ = text.partition(token)
+        others = sum(before.count(other) for other in tokens)
+        for other in tokens:
+            before = before.replace(other, " ")
+        # the token itself and </s> come after them
+        if found and others + len(encoder.word_ids(before)) + 2 > encoder.max_length:
+            raise UsageError(
+                f"{token} stands behind the first {encoder.max_length} tokens of the prompt, which alone are read",
+                "shorten what stands before it",
+            )
 
 
 def require_base(subject: Subject, model: Model) -> None:
@@ -301,13 +341,14 @@ def _unknown(token: str, known: Sequence[Subject], own: Sequence[Subject]) -> Us
             f"{token} is subject {foreign[0]}, which was learned on another base model",
             "use --model with the one it was learned on, or learn it again on this one",
         )
-    return UsageError(f"no subject is called {token}", _known_hint(own))
+    return UsageError(f"no subject is called {token}", _known_hint(own, unreadable_subjects()))
 
 
-def _known_hint(subjects: Sequence[Subject]) -> str:
+def _known_hint(subjects: Sequence[Subject], unreadable: Sequence[Path] = ()) -> str:
     listed = ", ".join(f"{subject.token} ({subject.name}, a {subject.header.class_word})" for subject in subjects)
     make = "`bitgen finetune-subject PHOTOS --class dog` makes one"
-    return f"known: {listed}; {make}" if listed else f"none is known; {make}"
+    damaged = f"; unreadable: {', '.join(map(str, unreadable))}" if unreadable else ""
+    return (f"known: {listed}; {make}" if listed else f"none is known; {make}") + damaged
 
 
 # -- putting subjects on a model ---------------------------------------------------------------------------------------

@@ -36,9 +36,15 @@ from bitgen_cli.engine.trainer import grouped
 from bitgen_cli.engine.transformer import TextFeatures, Transformer
 from bitgen_cli.engine.transformer_stage import as_positions, attention
 from bitgen_cli.files import write_text
+from bitgen_cli.report import Task
 
 GRID_COLUMNS = 8
-DRAWN_AT_ONCE = 8
+AT_ONCE = 8
+"""Pictures that go through the model together when no gradient is asked for."""
+VALIDATED = 16
+"""Class samples whose loss is measured in a validation."""
+LEARNED = 0.05
+"""Share of the photos' first loss that must be gone before anything is said about where it went."""
 SUBJECT, CLASS, UNRELATED = "subject", "class", "unrelated"
 
 
@@ -90,6 +96,12 @@ class Taught(nn.Module):
         self.transformer = transformer
         self.text_encoder = text_encoder
 
+    def train(self, mode: bool = True) -> Taught:
+        """The text encoder keeps out of it: features with dropout would be another thing than a prompt's when drawn."""
+        super().train(mode)
+        self.text_encoder.eval()
+        return self
+
 
 class SubjectStage:
     """Learns a subject into the chosen parts of a model.
@@ -103,6 +115,7 @@ class SubjectStage:
         header: of the subject file; says token and class.
         probes: prompts to watch, of the names SUBJECT, CLASS and UNRELATED.
         device: where it is computed.
+        at_once: pictures drawn at once.
     """
 
     def __init__(
@@ -116,6 +129,7 @@ class SubjectStage:
         probes: Sequence[Probe],
         scales: Schedule,
         device: torch.device,
+        at_once: int = AT_ONCE,
     ) -> None:
         training = config.training.subject
         assert training is not None
@@ -124,6 +138,7 @@ class SubjectStage:
         assert model.tokenizer is not None
         self.training: SubjectTraining = training
         self.device = device
+        self.at_once = at_once
         self.header = header
         self.module = Taught(model.transformer.to(device), model.text_encoder.to(device))
         self._tokenizer = model.tokenizer
@@ -138,6 +153,8 @@ class SubjectStage:
         self._features_of: dict[str, Tensor] = {}
         self._first: dict[str, tuple[Drawn, float]] = {}
         self._first_loss = 0.0
+        if self._has_prior and training.caption_dropout > 0:
+            self._null_margins = self._null_class_margins()
 
     # -- what trains ---------------------------------------------------------------------------------------------------
 
@@ -218,15 +235,43 @@ class SubjectStage:
         return _Batch(scales, targets, inputs, self._features(captions), None)
 
     def _class_batch(self, count: int, generator: torch.Generator) -> _Batch:
-        """As many class samples as there are photos; some lose their caption, so that guidance stays what it was."""
-        total = len(self._priors) if self._distilled is None else len(self._distilled.captions)
-        chosen = torch.randint(total, (count,), generator=generator).tolist()
-        if self._distilled is None:
+        """As many class samples as there are photos, now and then all without a caption."""
+        chosen = torch.randint(self._class_samples, (count,), generator=generator).tolist()
+        if float(torch.rand((), generator=generator)) < self.training.caption_dropout:
+            return replace(self._without_captions(chosen), margins=self._null_margins[chosen].to(self.device))
+        if self._distilled is not None:
+            return self._distilled_batch(chosen)
+        lessons = [self._priors[index] for index in chosen]
+        return self._subject_batch(lessons, [_drawn_from(p.captions, generator) for p in lessons], generator)
+
+    @property
+    def _class_samples(self) -> int:
+        return len(self._priors) if self._distilled is None else len(self._distilled.captions)
+
+    def _without_captions(self, chosen: Sequence[int]) -> _Batch:
+        """Class samples with the unconditional prompt."""
+        if self._distilled is not None:
+            batch = self._distilled_batch(chosen)
+        else:
             lessons = [self._priors[index] for index in chosen]
-            batch = self._subject_batch(lessons, [_drawn_from(p.captions, generator) for p in lessons], generator)
-            dropped = torch.rand(count, generator=generator) < self.training.caption_dropout
-            return replace(batch, text=self._drop(batch.text, dropped.tolist()))
-        return self._distilled_batch(chosen)
+            batch = self._subject_batch(lessons, [lesson.captions[0] for lesson in lessons], None)
+        return replace(batch, text=self._drop(batch.text, [True] * len(chosen)))
+
+    @torch.no_grad()
+    def _null_class_margins(self) -> Tensor:
+        """Margins (M, L, K) of the base model for the class samples without their captions.
+
+        Guidance subtracts what is predicted without a caption. Were that learned from pictures of the class alone, or
+        left to drift, it would push all other prompts elsewhere than before: it is to stay what it was.
+        """
+        self.module.eval()
+        found = []
+        with self._autocast():
+            for start in range(0, self._class_samples, self.at_once):
+                chosen = list(range(start, min(start + self.at_once, self._class_samples)))
+                pairs = torch.unflatten(self._forward(self._without_captions(chosen)).float(), -1, (-1, 2))
+                found.append((pairs[..., 1] - pairs[..., 0]).cpu())
+        return torch.cat(found)
 
     def _distilled_batch(self, chosen: Sequence[int]) -> _Batch:
         kept = self._distilled
@@ -242,29 +287,36 @@ class SubjectStage:
         return distillation_loss(logits, batch.margins, batch.schedule, self.training)
 
     def _forward(self, batch: _Batch) -> Tensor:
-        with attention(self.device, self.training.precision, batch.schedule):
+        recomputed = self.training.checkpoint_activations
+        with attention(self.device, self.training.precision, batch.schedule, recomputed=recomputed):
             logits: Tensor = self.module.transformer(batch.inputs, batch.text, batch.schedule)
         return logits
 
     def _features(self, captions: Sequence[str]) -> TextFeatures:
         """Text features; those that training cannot change are encoded once."""
         if self.text_is_trained:
-            return self.module.text_encoder.encode(captions)
+            return self._encode(captions)
         learned = "token" in self.training.train
         fixed = [c for c in dict.fromkeys(captions) if c not in self._features_of]
         fixed = [c for c in fixed if not (learned and self.header.token in c)]
         for caption in fixed:
             # alone, so that its last digits hang on no neighbour: a resumed run meets captions in other company
             with torch.no_grad():
-                encoded = self.module.text_encoder.encode([caption])
+                encoded = self._encode([caption])
             self._features_of[caption] = encoded.features[0, : encoded.lengths[0]].detach()
         moving = [c for c in dict.fromkeys(captions) if c not in self._features_of]
         rows = dict(self._features_of)
         if moving:
-            encoded = self.module.text_encoder.encode(moving)
+            encoded = self._encode(moving)
             for caption, row, length in zip(moving, encoded.features, encoded.lengths, strict=True):
                 rows[caption] = row[:length]
         return TextFeatures.from_rows([rows[caption] for caption in captions])
+
+    def _encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """Features by the encoder's own number type, or by mixed ones while it learns, wherever this is called from."""
+        mixed = self.text_is_trained and self.training.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+            return self.module.text_encoder.encode(prompts)
 
     def _drop(self, text: TextFeatures, dropped: Sequence[bool]) -> TextFeatures:
         """The unconditional prompt of the same length in place of the dropped ones."""
@@ -302,8 +354,8 @@ class SubjectStage:
         """The photos' loss without chance, each under its first caption with something else for the token."""
         total, count = 0.0, 0
         for group in self.groups:
-            for start in range(0, len(group), DRAWN_AT_ONCE):
-                photos = [self._photos[index] for index in group[start : start + DRAWN_AT_ONCE]]
+            for start in range(0, len(group), self.at_once):
+                photos = [self._photos[index] for index in group[start : start + self.at_once]]
                 captions = [photo.captions[0].replace(self.header.token, token).strip() for photo in photos]
                 with self._autocast():
                     batch = self._subject_batch(photos, [" ".join(caption.split()) for caption in captions], None)
@@ -312,11 +364,10 @@ class SubjectStage:
         return total / count
 
     def _validation_prior(self) -> float:
-        total = len(self._priors) if self._distilled is None else len(self._distilled.captions)
-        chosen = list(range(min(total, 2 * DRAWN_AT_ONCE)))
+        chosen = list(range(min(self._class_samples, VALIDATED)))
         loss = 0.0
-        for start in range(0, len(chosen), DRAWN_AT_ONCE):
-            part = chosen[start : start + DRAWN_AT_ONCE]
+        for start in range(0, len(chosen), self.at_once):
+            part = chosen[start : start + self.at_once]
             if self._distilled is None:
                 lessons = [self._priors[index] for index in part]
                 batch = self._subject_batch(lessons, [lesson.captions[0] for lesson in lessons], None)
@@ -334,7 +385,7 @@ class SubjectStage:
             if name != SUBJECT:
                 values[f"{name}_agreement"] = agreement(drawn[name].bits, bits.bits)
         learned = self._first_loss - self._photo_loss(self.header.token)
-        if learned > 0:
+        if learned > LEARNED * self._first_loss:
             values["class_leak"] = (self._first_loss - self._photo_loss("")) / learned
         with self.base():
             for name, probe in self._probes.items():
@@ -356,9 +407,9 @@ class SubjectStage:
         """Pictures of the probe's prompts at seeds 0, 1 ..."""
         parts = []
         with self._autocast():
-            for start in range(0, len(probe.prompts), DRAWN_AT_ONCE):
-                prompts = probe.prompts[start : start + DRAWN_AT_ONCE]
-                text = self.module.text_encoder.encode(prompts)
+            for start in range(0, len(probe.prompts), self.at_once):
+                prompts = probe.prompts[start : start + self.at_once]
+                text = self._encode(prompts)
                 seeds = range(start, start + len(prompts))
                 parts.append(draw_bits(self.module.transformer, text, self._scales, self._plan, seeds))
         bits = [torch.cat(scale) for scale in zip(*(part.bits for part in parts), strict=True)]
@@ -369,13 +420,13 @@ class SubjectStage:
         """How much likelier the bits are with their prompts than without: mean nats per bit."""
         gains = []
         transformer = self.module.transformer
-        for start in range(0, len(probe.prompts), DRAWN_AT_ONCE):
-            rows = slice(start, start + DRAWN_AT_ONCE)
+        for start in range(0, len(probe.prompts), self.at_once):
+            rows = slice(start, start + self.at_once)
             # drawing happens in inference mode; these bits go through autograd-free training code
             bits = [scale[rows].clone() for scale in drawn.bits]
             targets, inputs = as_positions(bits, pyramid.inputs_from_bits(bits, self._scales), self._scales)
             with self._autocast():
-                text = self.module.text_encoder.encode(probe.prompts[rows])
+                text = self._encode(probe.prompts[rows])
                 null = transformer.null_features(text.lengths)
                 likely = [
                     _log_likelihood(self._forward(_Batch(self._scales, targets, inputs, features, None)), targets)
@@ -397,15 +448,16 @@ class SubjectStage:
         """Images (B, 3, H, W); the autoencoder is on the device for this alone."""
         tokenizer = self._tokenizer.to(self.device)
         dtype = next(tokenizer.parameters()).dtype
-        images = [tokenizer.decode(part.to(dtype)).float().cpu() for part in torch.split(total, DRAWN_AT_ONCE)]
+        images = [tokenizer.decode(part.to(dtype)).float().cpu() for part in torch.split(total, self.at_once)]
         self._tokenizer = tokenizer.to("cpu")
         return torch.cat(images)
 
     # -- the result ----------------------------------------------------------------------------------------------------
 
-    def export(self, run: RunFolder) -> None:
+    def export(self, run: RunFolder, *, best: bool) -> None:
         """The subject file: what the trained parts have become, as differences from the base model."""
-        save_subject(run.subject, self.header, self.tensors(), DTYPES[self.training.export_precision])
+        for file in (run.subject, run.best_subject) if best else (run.subject,):
+            save_subject(file, self.header, self.tensors(), DTYPES[self.training.export_precision])
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
@@ -459,13 +511,21 @@ def agreement(bits: Sequence[Tensor], others: Sequence[Tensor]) -> float:
 
 
 @torch.no_grad()
-def class_bits(model: Model, prompts: Sequence[str], scales: Schedule, steps: SamplingPlan, seed: int) -> ClassBits:
+def class_bits(
+    model: Model,
+    prompts: Sequence[str],
+    scales: Schedule,
+    steps: SamplingPlan,
+    seed: int,
+    task: Task,
+    at_once: int = AT_ONCE,
+) -> ClassBits:
     """Class samples of a model as bits, drawn with seeds seed, seed + 1 ..., with its own certainty of each bit."""
     assert model.transformer is not None
     assert model.text_encoder is not None
     parts, margins = [], []
-    for start in range(0, len(prompts), DRAWN_AT_ONCE):
-        some = prompts[start : start + DRAWN_AT_ONCE]
+    for start in range(0, len(prompts), at_once):
+        some = prompts[start : start + at_once]
         text = model.text_encoder.encode(some)
         seeds = range(seed + start, seed + start + len(some))
         drawn = draw_bits(model.transformer, text, scales, steps, seeds)
@@ -474,6 +534,7 @@ def class_bits(model: Model, prompts: Sequence[str], scales: Schedule, steps: Sa
         pairs = torch.unflatten(model.transformer(inputs, text, scales), -1, (-1, 2))
         parts.append([scale.cpu() for scale in bits])
         margins.append((pairs[..., 1] - pairs[..., 0]).cpu())
+        task.advance(len(some))
     joined = [torch.cat(scale) for scale in zip(*parts, strict=True)]
     return ClassBits(joined, torch.cat(margins), tuple(prompts), scales)
 

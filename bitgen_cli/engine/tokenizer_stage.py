@@ -95,7 +95,7 @@ class TokenizerStage:
         reconstruction, _, _ = self._reconstruct(image, scales)
         save_grid(torch.cat((image, reconstruction.clamp(-1, 1))), len(indices), file)
 
-    def export(self, run: RunFolder) -> None:
+    def export(self, run: RunFolder, *, best: bool) -> None:
         """A model folder of the tokenizer alone."""
         dtype = DTYPES[self.training.export_precision]
         save_model(run.model, self.config.model, self.config.sampling, tokenizer=self.module, dtype=dtype)

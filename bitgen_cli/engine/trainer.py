@@ -68,8 +68,8 @@ class Stage(Protocol):
     def draw_samples(self, file: Path) -> None:
         """Writes a picture grid that shows how far the training is."""
 
-    def export(self, run: RunFolder) -> None:
-        """Writes what the run is for into its folder: a model, a subject."""
+    def export(self, run: RunFolder, *, best: bool) -> None:
+        """Writes what the run is for into its folder: a model, a subject; `best` when it is the best so far."""
 
     def close(self) -> None:
         """Ends what works in the background."""
@@ -394,7 +394,7 @@ class Trainer:
             self.run.save_best(folder)
         if improved or last:
             with self._shown():
-                self.stage.export(self.run)
+                self.stage.export(self.run, best=improved)
         self.run.write_state(
             {
                 "step": checkpoint.step,

@@ -142,7 +142,7 @@ class TransformerStage:
             grid(both, len(captions)).save(temporary, format="PNG")
         write_text(file.with_name("captions.txt"), "\n".join(captions) + "\n")
 
-    def export(self, run: RunFolder) -> None:
+    def export(self, run: RunFolder, *, best: bool) -> None:
         """A whole model folder; a text encoder that is not trained is left where it is."""
         save_model(
             run.model,
@@ -167,7 +167,8 @@ class TransformerStage:
             text = self._features([self._ids[index] for index in indices])
             if dropped is not None:
                 text = self._drop(text, dropped)
-            with attention(self.device, self.training.precision, scales):
+            recomputed = self.training.checkpoint_activations
+            with attention(self.device, self.training.precision, scales, recomputed=recomputed):
                 logits = self.module.transformer(inputs, text, scales)
         return bit_loss(logits, targets, scales, self.training)
 
@@ -243,13 +244,17 @@ def _compile(transformer: Transformer, device: torch.device) -> None:
         block.compile()
 
 
-def attention(device: torch.device, precision: str, scales: Schedule) -> AbstractContextManager[None]:
+def attention(
+    device: torch.device, precision: str, scales: Schedule, *, recomputed: bool
+) -> AbstractContextManager[None]:
     """Makes attention plain products for short bfloat16 sequences on the CPU, else leaves it to torch.
+
+    Activations that are recomputed in the backward pass are so outside of this context, and must come out the same.
 
     The fused attention of the CPU takes 2 to 3 times as long there in bfloat16, measured forward and backward
     at 30 positions; in float32 it is the faster one.
     """
-    if device.type == "cpu" and precision == "bf16" and scales.positions <= SHORT:
+    if device.type == "cpu" and precision == "bf16" and scales.positions <= SHORT and not recomputed:
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
 

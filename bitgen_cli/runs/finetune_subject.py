@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,8 +20,8 @@ from bitgen_cli import __version__
 from bitgen_cli.config import Config, SubjectTraining
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import SUFFIXES, load_picture, to_float, to_tensor
-from bitgen_cli.engine.device import bf16_is_fast, free_memory
-from bitgen_cli.engine.memory import parameters, subject_training_memory
+from bitgen_cli.engine.device import DTYPES, bf16_is_fast, free_memory
+from bitgen_cli.engine.memory import BYTES, TrainingMemory, parameters, sampling_memory, subject_training_memory
 from bitgen_cli.engine.model_folder import (
     TOKENIZER_FILE,
     TRANSFORMER_FILE,
@@ -30,6 +29,7 @@ from bitgen_cli.engine.model_folder import (
     find_model,
     fingerprint,
     load_model,
+    read_model_config,
     save_model,
 )
 from bitgen_cli.engine.parts import kind_of
@@ -46,6 +46,7 @@ from bitgen_cli.engine.subject import (
     wearing,
 )
 from bitgen_cli.engine.subject_stage import (
+    AT_ONCE,
     CLASS,
     SUBJECT,
     UNRELATED,
@@ -170,19 +171,19 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
     files = find_photos(options.photos, report)
     photos = [load_picture(file) for file in files]
     folder = find_model(options.model)
-    model = _whole_model(folder, options.model, device)
+    resolved = _resolve(options, Model(folder, *read_model_config(folder)), device)
+    training = _training(resolved.config)
+    model = _whole_model(folder, options.model, device, training.precision)
     assert model.text_encoder is not None
     check_token(options.token, model.text_encoder)
-    resolved = _resolve(options, model, device)
-    training = _training(resolved.config)
     header = _header(options, class_word, model, resolved.config, files)
 
     _learn_token(model, header)
     lessons = _photo_lessons(photos, files, header, model, training, device)
     if any(_cut(model, caption) for lesson in lessons for caption in lesson.captions):
         report.notice("captions longer than the text encoder takes are cut")
-    _check_memory(resolved.config, model, lessons, device, report)
-    priors, distilled = _class_samples(options, header, model, resolved.config, device, report)
+    at_once = _check_memory(resolved.config, model, lessons, device, report)
+    priors, distilled = _class_samples(options, header, model, resolved.config, device, at_once, report)
     run.create(
         {
             "verb": VERB,
@@ -191,13 +192,14 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
             "header": header.model_dump(mode="json"),
             "config": resolved.config.model_dump(mode="json"),
             "origins": resolved.origins,
+            "drawn_at_once": at_once,
             "merge": None if options.merge is None else str(options.merge.expanduser().resolve()),
         }
     )
     _save_lessons(run, lessons, priors, distilled)
-    stage = _stage(resolved.config, model, lessons, priors, distilled, header, device)
+    stage = _stage(resolved.config, model, lessons, priors, distilled, header, device, at_once)
     trained = fit(SUBJECT, stage, resolved.config, run, report, device, started)
-    return _finish(name, header, run, trained, model, options.merge, report, started)
+    return _finish(name, header, run, trained, model, options.merge, report, started, replace=True)
 
 
 def resume_subject(
@@ -212,27 +214,31 @@ def resume_subject(
     try:
         name, base, merge = description["name"], description["model"], description["merge"]
         header = Header.model_validate(description["header"])
+        at_once = int(description["drawn_at_once"])
         config = Config.model_validate(description["config"])
-    except (KeyError, ValidationError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file} does not describe a training: {error}") from error
     training = _training(config)
     if steps is not None:
         training = training.model_copy(update={"steps": training.steps + steps})
         config = config.model_copy(update={"training": config.training.model_copy(update={"subject": training})})
+        header = header.model_copy(update={"recipe": {**header.recipe, "steps": training.steps}})
     done = max(run.steps(), default=0)
     if done >= training.steps:
         raise UsageError(f"{run.path} is finished: {done} of {training.steps} steps", "--steps N trains N more")
     where = prepare_device(device)
-    model = _whole_model(find_model(base), base, where)
+    model = _whole_model(find_model(base), base, where, training.precision)
     if model.fingerprints != header.base:
         raise InputError(f"the base model {base} has changed since {run.path} was begun", "learn the subject again")
     _learn_token(model, header)
     photos, priors, distilled = _load_lessons(run, model, config)
-    stage = _stage(config, model, photos, priors, distilled, header, where)
+    stage = _stage(config, model, photos, priors, distilled, header, where, at_once)
     if steps is not None:
-        run.describe({**description, "config": config.model_dump(mode="json")})
+        stored = {"config": config.model_dump(mode="json"), "header": header.model_dump(mode="json")}
+        run.describe({**description, **stored})
     trained = fit(SUBJECT, stage, config, run, report, where, started, resumed=True)
-    return _finish(name, header, run, trained, model, None if merge is None else Path(merge), report, started)
+    out = None if merge is None else Path(merge)
+    return _finish(name, header, run, trained, model, out, report, started, replace=False)
 
 
 def merge_subject(name: str, base: str, out: Path, report: Report) -> Path:
@@ -248,7 +254,7 @@ def merge_subject(name: str, base: str, out: Path, report: Report) -> Path:
         InputError: a file cannot be read or written.
     """
     subject = find_subject(name)
-    model = _whole_model(find_model(base), base, torch.device("cpu"))
+    model = _whole_model(find_model(base), base, torch.device("cpu"), "fp32")
     return _merge(subject, model, out, report)
 
 
@@ -275,11 +281,11 @@ def find_photos(place: Path, report: Report) -> list[Path]:
         others = [entry.name for entry in entries if entry not in found and entry not in captions]
     else:
         raise InputError(f"no photos at {place}: it does not exist", "give the folder of 3 to 5 photos")
-    if not found:
-        raise InputError(f"no photos in {place}", f"looked for {', '.join(SUFFIXES)}")
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         report.notice(f"not photos, left out: {shown}")
+    if not found:
+        raise InputError(f"no photos in {place}", f"looked for {', '.join(SUFFIXES)}")
     if len(found) > MANY:
         raise UsageError(f"{len(found)} photos in {place}: at most {MANY}", "3 to 5 good ones teach a subject best")
     if len(found) < FEW:
@@ -346,7 +352,7 @@ def _photo_lessons(
 ) -> list[Lesson]:
     lessons = []
     for number, (photo, file) in enumerate(zip(photos, files, strict=True)):
-        scales = _schedule(model, photo.height / photo.width if training.buckets else 1.0)
+        scales = _schedule(model, training, photo.height / photo.width if training.buckets else 1.0)
         crops = views(photo, scales.pixels(model.config.tokenizer.patch_size), training, number)
         captions = _captions(file, header, training)
         lessons += [Lesson(latent, captions, scales) for latent in _latents(torch.stack(crops), model, device)]
@@ -363,26 +369,35 @@ def _latents(pixels: Tensor, model: Model, device: torch.device) -> Tensor:
     return torch.cat(found).clone()
 
 
-def _schedule(model: Model, ratio: float) -> Schedule:
-    scales = model.config.scales
-    return schedule(scales, patchify=model.config.transformer.patchify, ratio=nearest_ratio(ratio, scales))
+def _schedule(model: Model, training: SubjectTraining, ratio: float) -> Schedule:
+    scales, nearest = model.config.scales, nearest_ratio(ratio, model.config.scales)
+    patchify = model.config.transformer.patchify
+    return schedule(scales, patchify=patchify, ratio=nearest, resolution=training.resolution)
 
 
 # -- class samples -----------------------------------------------------------------------------------------------------
 
 
 def _class_samples(
-    options: SubjectOptions, header: Header, model: Model, config: Config, device: torch.device, report: Report
+    options: SubjectOptions,
+    header: Header,
+    model: Model,
+    config: Config,
+    device: torch.device,
+    at_once: int,
+    report: Report,
 ) -> tuple[list[Lesson], ClassBits | None]:
     """What keeps the class: pictures that the base model made or the user has, or the base model's own bits."""
     training = _training(config)
     if training.prior == "none" or training.prior_weight == 0:
         return [], None
-    scales = _schedule(model, 1.0)
+    scales = _schedule(model, training, 1.0)
     prompts = [with_article(template, header.class_word) for template in training.prior_templates]
     if training.prior == "distill":
         wanted = [prompts[i % len(prompts)] for i in range(training.prior_images)]
-        return [], class_bits(model, wanted, scales, plan(config.sampling, len(scales)), training.seed)
+        steps = plan(config.sampling, len(scales))
+        with report.task("drawing class samples", len(wanted)) as task:
+            return [], class_bits(model, wanted, scales, steps, training.seed, task, at_once)
     made = gen_priors(
         PriorOptions(
             class_word=header.class_word,
@@ -390,6 +405,8 @@ def _class_samples(
             model=options.model,
             output=options.priors,
             templates=tuple(training.prior_templates),
+            resolution=training.resolution,
+            batch_size=at_once,
             sampling=config.sampling,
             device=options.device,
         ),
@@ -406,8 +423,9 @@ def _class_samples(
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-def _whole_model(folder: Path, name: str, device: torch.device) -> Model:
-    model = load_model(folder, device=device)
+def _whole_model(folder: Path, name: str, device: torch.device, precision: str) -> Model:
+    """All parts of a model, its weights in the training's number type: what learns gets float32 later."""
+    model = load_model(folder, device=device, dtype=DTYPES[precision])
     if model.transformer is None or model.text_encoder is None or model.tokenizer is None:
         raise InputError(f"the model {name} has no transformer and text encoder yet", "bitgen train makes one")
     return model
@@ -444,8 +462,8 @@ CHOICES = ("token", "token,lora", "token,cross,ffn", "all")
 
 def _check_memory(
     config: Config, model: Model, lessons: Sequence[Lesson], device: torch.device, report: Report
-) -> None:
-    """Says what the training will need, and what other choices would.
+) -> int:
+    """Says what the training will need, and what other choices would; returns how many pictures can be drawn at once.
 
     Raises:
         ResourceError: more than the device has.
@@ -457,22 +475,33 @@ def _check_memory(
     tokens = max(len(ids) for ids in model.text_encoder.tokenise(sorted(captions)))
     largest = max((lesson.schedule for lesson in lessons), key=lambda scales: scales.positions)
 
-    def needed(train: Sequence[str]) -> int:
+    def needed(train: Sequence[str]) -> TrainingMemory:
         chosen = training.model_copy(update={"train": list(train)})
         other = config.model_copy(update={"training": config.training.model_copy(update={SUBJECT: chosen})})
-        return subject_training_memory(other, counts, largest, tokens, autoencoder=device.type == "cpu").total
+        return subject_training_memory(other, counts, largest, tokens, autoencoder=device.type == "cpu")
 
-    own = needed(training.train)
-    name = ",".join(training.train)
-    others = [f"{choice} {_size(needed(choice.split(',')))}" for choice in CHOICES if choice != name]
+    memory, name = needed(training.train), ",".join(training.train)
+    own = memory.total
+    others = [f"{choice} {_size(needed(choice.split(',')).total)}" for choice in CHOICES if choice != name]
     report.notice(f"memory for --train {name}: about {_size(own)}; it would be {', '.join(others)}")
     free = free_memory(device)
-    if free is not None and own + PROGRAM > free:
+    if free is None:
+        return AT_ONCE
+    free += sum(p.nbytes for part in (model.transformer, model.text_encoder) if part for p in part.parameters())
+    if own + PROGRAM > free:
         raise ResourceError(
             f"--train {name} needs about {_size(own + PROGRAM)} of memory, {device} has {_size(free)} free",
             "what needs less: --train token,lora, --prior none, --set training.subject.batch_size=1, "
-            "--set training.subject.checkpoint_activations=true",
+            "--set training.subject.checkpoint_activations=true, a smaller --resolution",
         )
+    left = free - PROGRAM - (own - memory.activations)
+    number = BYTES[training.precision]
+
+    def drawing(pictures: int) -> int:
+        found = sampling_memory(config.model, counts, largest, number, pictures)
+        return found.total - found.weights
+
+    return next((pictures for pictures in (AT_ONCE, 4, 2) if drawing(pictures) <= left), 1)
 
 
 PROGRAM = 2**29
@@ -518,14 +547,18 @@ def _stage(
     distilled: ClassBits | None,
     header: Header,
     device: torch.device,
+    at_once: int,
 ) -> SubjectStage:
     training = _training(config)
+    if model.tokenizer is not None:
+        model.tokenizer.to("cpu")  # on the device for picture grids alone
     probes = [
         Probe(SUBJECT, _probe(training, f"{header.token} {header.class_word}")),
         Probe(CLASS, _probe(training, header.class_word)),
-        Probe(UNRELATED, _repeated(training.unrelated_prompts, training.validation_images)),
+        Probe(UNRELATED, _unrelated(training, header.class_word)),
     ]
-    return SubjectStage(config, model, photos, priors, distilled, header, probes, _schedule(model, 1.0), device)
+    scales = _schedule(model, training, 1.0)
+    return SubjectStage(config, model, photos, priors, distilled, header, probes, scales, device, at_once)
 
 
 PLACES = ("", " on the moon", " on the beach", " in the snow")
@@ -534,6 +567,13 @@ PLACES = ("", " on the moon", " on the beach", " in the snow")
 
 def _probe(training: SubjectTraining, thing: str) -> tuple[str, ...]:
     return _repeated([with_article("a {class}", thing) + place for place in PLACES], training.validation_images)
+
+
+def _unrelated(training: SubjectTraining, class_word: str) -> tuple[str, ...]:
+    """The unrelated prompts but those that name the class."""
+    word = re.compile(rf"(?<!\w){re.escape(class_word)}(?!\w)", re.IGNORECASE)
+    others = [prompt for prompt in training.unrelated_prompts if not word.search(prompt)]
+    return _repeated(others or training.unrelated_prompts, training.validation_images)
 
 
 def _repeated(prompts: Sequence[str], count: int) -> tuple[str, ...]:
@@ -565,20 +605,20 @@ def _save_lessons(
 
 
 def _load_lessons(run: RunFolder, model: Model, config: Config) -> tuple[list[Lesson], list[Lesson], ClassBits | None]:
-    stored = read_json(run.start / CAPTIONS)
+    stored, training = read_json(run.start / CAPTIONS), _training(config)
     file = run.start / LESSONS
     try:
         tensors = load_file(file)
         found = {
             part: [
-                Lesson(tensors[f"{part}.{i}"], tuple(row["captions"]), _schedule(model, float(row["ratio"])))
+                Lesson(tensors[f"{part}.{i}"], tuple(row["captions"]), _schedule(model, training, float(row["ratio"])))
                 for i, row in enumerate(stored[f"{part}s"])
             ]
             for part in ("photo", "prior")
         }
         if stored["distilled"] is None:
             return found["photo"], found["prior"], None
-        scales = _schedule(model, 1.0)
+        scales = _schedule(model, training, 1.0)
         bits = [tensors[f"bits.{k}"] for k in range(len(scales))]
         return found["photo"], found["prior"], ClassBits(bits, tensors["margins"], tuple(stored["distilled"]), scales)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -596,11 +636,19 @@ def _finish(
     merge: Path | None,
     report: Report,
     started: float,
+    *,
+    replace: bool,
 ) -> SubjectResult:
-    """Registers the subject and warns when its class has become it."""
+    """Registers the subject, unless its name went to another one meanwhile, and warns when its class has become it."""
     target = registered_file(name)
-    with atomic_path(target) as temporary:
-        temporary.write_bytes(run.subject.read_bytes())
+    if not replace and _is_another(target, header):
+        report.warning(
+            f"{name} is another subject by now and stays it; `bitgen sample --subject {run.subject}` draws this one"
+        )
+        target = run.subject
+    else:
+        with atomic_path(target) as temporary:
+            temporary.write_bytes(run.subject.read_bytes())
     seen = trained.validation
     if seen.get("drift_class_leak", 0.0) > LEAK:
         report.warning(
@@ -609,7 +657,7 @@ def _finish(
         )
     merged = None
     if merge is not None:
-        fresh = _whole_model(model.folder, header.base_name, torch.device("cpu"))
+        fresh = _whole_model(model.folder, header.base_name, torch.device("cpu"), "fp32")
         merged = _merge(read_subject(target, name), fresh, merge, report)
     return SubjectResult(
         name=name,
@@ -622,6 +670,22 @@ def _finish(
         merged=merged,
         seconds=time.perf_counter() - started,
     )
+
+
+def _is_another(file: Path, header: Header) -> bool:
+    """Whether a registered file holds something else than an earlier state of this subject."""
+    if not file.exists():
+        return False
+    try:
+        found = read_subject(file).header
+    except InputError:
+        return False  # damaged: nothing to keep
+
+    def identity(header: Header) -> dict[str, Any]:
+        values = header.model_dump()
+        return {**values, "recipe": {key: value for key, value in values["recipe"].items() if key != "steps"}}
+
+    return identity(found) != identity(header)
 
 
 def _merge(subject: Subject, model: Model, out: Path, report: Report) -> Path:

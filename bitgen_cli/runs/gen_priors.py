@@ -142,6 +142,7 @@ class PriorOptions:
         templates: prompts with {class}, used in turn; None takes those `bitgen finetune-subject` would, so that both
             share their pictures.
         seed: of the first picture; the next ones count up.
+        resolution: pixel budget; None takes the model's own.
         batch_size: pictures drawn at once; no influence on them.
         sampling: settings; None takes the model's own.
         overrides: sampling.KEY=VALUE, on top of them.
@@ -154,6 +155,7 @@ class PriorOptions:
     output: Path | None = None
     templates: tuple[str, ...] | None = None
     seed: int = 0
+    resolution: str | None = None
     batch_size: int | None = None
     sampling: SamplingConfig | None = None
     overrides: tuple[str, ...] = ()
@@ -374,7 +376,7 @@ def _wanted(options: PriorOptions, model: Model) -> tuple[Manifest, Schedule]:
     sampling = chosen_sampling(
         SampleOptions(overrides=options.overrides), replace(model, sampling=options.sampling or model.sampling)
     )
-    scales = _square(model)
+    scales = _square(model, options.resolution)
     plan(sampling, len(scales))  # a list of another length is refused before anything is drawn
     height, width = scales.pixels(model.config.tokenizer.patch_size)
     manifest = Manifest(
@@ -398,9 +400,9 @@ def _templates(options: PriorOptions, model: Model) -> Sequence[str]:
     return training.prior_templates
 
 
-def _square(model: Model) -> Schedule:
-    scales = model.config.scales
-    return schedule(scales, patchify=model.config.transformer.patchify, ratio=nearest_ratio(1.0, scales))
+def _square(model: Model, resolution: str | None) -> Schedule:
+    scales, ratio = model.config.scales, nearest_ratio(1.0, model.config.scales)
+    return schedule(scales, patchify=model.config.transformer.patchify, ratio=ratio, resolution=resolution)
 
 
 def _open(place: Path, wanted: Manifest) -> Manifest:

@@ -26,7 +26,7 @@ from bitgen_cli.engine.memory import (
     transformer_training_memory,
 )
 from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
-from bitgen_cli.engine.subject import SUFFIX, Subject, find_subject, known_subjects, read_subject
+from bitgen_cli.engine.subject import SUFFIX, Subject, find_subject, known_subjects, read_subject, unreadable_subjects
 from bitgen_cli.errors import ConfigError, InputError, UsageError
 from bitgen_cli.files import explain, read_json
 from bitgen_cli.presets import EXTENDS, Resolved, preset_names, preset_path, resolve, resolve_stored
@@ -107,7 +107,7 @@ def inspect(options: InspectOptions, report: Report) -> InspectResult:
         return _of_subject(read_subject(path), options)
     if path.is_file():
         return _of_picture(path, options) if _is_picture(path) else _of_file(path, options, report)
-    if any(subject.name == options.target for subject in known_subjects()):
+    if options.target in {file.stem for file in unreadable_subjects()} | {s.name for s in known_subjects()}:
         return _of_subject(find_subject(options.target), options)
     if path.exists() or path.suffix.lower() in _FILES or len(path.parts) > 1:
         raise InputError(f"cannot read {options.target}: no such file or folder")

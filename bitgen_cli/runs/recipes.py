@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitgen_cli.engine.memory import parameters
 from bitgen_cli.engine.model_folder import BUILT_IN, Model
 from bitgen_cli.presets import Resolved, resolve_for_model
 
 STAGE = "subject"
+LARGE, LARGE_PARAMETERS = "infinity-2b", 1e9
+"""Whose recipe is made for models that are large for one graphics card, and from how many parameters on it is taken."""
 
 
 def subject_recipe(
@@ -26,7 +29,8 @@ def subject_recipe(
     Args:
         model: the base model; its weights are not needed.
         name: what the user calls it.
-        preset: whose recipe is taken; None takes the built-in model's for that model, else the defaults.
+        preset: whose recipe is taken; None takes the built-in model's for that model, that of infinity-2b for models of
+            a billion parameters and more, else the defaults.
         config_file, overrides, flags: as in presets.resolve_for_model.
 
     Raises:
@@ -44,8 +48,14 @@ def subject_recipe(
         stored,
         STAGE,
         where=f"the model {name}",
-        preset=preset or (BUILT_IN if name == BUILT_IN else None),
+        preset=preset or _preset_of(model, name),
         config_file=config_file,
         overrides=overrides,
         flags=flags or {},
     )
+
+
+def _preset_of(model: Model, name: str) -> str | None:
+    if name == BUILT_IN:
+        return BUILT_IN
+    return LARGE if parameters(model.config).transformer >= LARGE_PARAMETERS else None

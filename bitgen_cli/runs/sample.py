@@ -279,7 +279,7 @@ def _jobs(options: SampleOptions, parts: _Parts) -> list[_Job]:
         raise UsageError(f"cfg_layer {max(layers)} is more than the model's {depth} blocks")
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
     asked = [_worn(text) for text in options.subjects]
-    subjects = choose_subjects(prompt, parts.model, parts.known, asked)
+    subjects = choose_subjects(prompt, parts.model, parts.known, asked, options.negative_prompt)
     job = _Job(prompt, options.negative_prompt, seed, sampling, scales, options.resolution, options.output, subjects)
     return [replace(job, seed=seed + k) for k in range(options.num_images)]
 

@@ -80,15 +80,12 @@ class Sitter:
         return tuple(place for place in world.PLACES if place not in self.photo_places)
 
     def photos(self) -> list[Image.Image]:
-        """A picture on each of `photo_places`, RGB, PHOTO_SIDE pixels square.
-
-        The subject faces right, as everything in the world does whose caption does not say otherwise: photos have none.
-        """
+        """A picture on each of `photo_places`, RGB, PHOTO_SIDE pixels square."""
         return [self._photo(place) for place in self.photo_places]
 
     def _photo(self, place: str) -> Image.Image:
         scene = Scene(self.object_class, _ANY_COLOUR, place)
-        return world.draw(scene, _random(self.seed, place), PHOTO_SIDE, self.look, mirrored=False)
+        return world.draw(scene, _random(self.seed, place), PHOTO_SIDE, self.look)
 
     def write_photos(self, folder: Path) -> list[Path]:
         """Writes the photos, JPEG and PNG in turn, without captions, into a new folder; returns the files."""

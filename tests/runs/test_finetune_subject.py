@@ -19,10 +19,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bitgen_cli.engine.model_folder import load_model
-from bitgen_cli.engine.subject import HEADER, PREFIX, ROW, START, Worn, find_subject, read_subject, wearing
+from bitgen_cli.engine.subject import HEADER, PREFIX, ROW, START, Worn, find_subject, read_subject, tokens_in, wearing
 from bitgen_cli.errors import BitgenError, ConfigError, InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
-from bitgen_cli.runs.finetune_subject import SubjectOptions, SubjectResult, finetune_subject, merge_subject, views
+from bitgen_cli.runs.finetune_subject import (
+    SubjectOptions,
+    SubjectResult,
+    _whole_model,
+    finetune_subject,
+    merge_subject,
+    views,
+)
 from bitgen_cli.runs.gen_priors import PriorOptions, gen_priors, read_manifest
 from bitgen_cli.runs.inspect_config import InspectOptions, inspect
 from bitgen_cli.runs.resume import resume
@@ -97,6 +104,7 @@ def test_photos_become_a_subject_that_sample_finds(model: Path, photos: Path, ho
     logged = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
     assert all({"subject_loss", "prior_loss"} <= set(line) for line in logged if "loss" in line)
     assert (result.run / "samples" / "step-0000004.png").is_file()
+    assert read_subject(result.run / "best" / "subject.safetensors").token == "[V]"
 
     report = Silent()
     options = SampleOptions(prompts=("a [V] dog on the moon", "a dog"), model=str(model), seed=1)
@@ -158,14 +166,8 @@ def test_only_what_was_named_trains(model: Path, photos: Path, train: list[str],
     assert unchanged(), "taken off, the model is the base model bit for bit"
 
 
-@pytest.mark.parametrize("prior", ["images", "distill", "none"])
-@pytest.mark.parametrize("train", [["token", "cross", "ffn"], ["token", "lora", "text"]])
-def test_resumed_is_as_never_stopped(
-    model: Path, photos: Path, prior: str, train: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = {"prior": prior, "train": train, "sample_every": 0}
-    straight = learn(model, photos, flags=flags, name="straight")
-    stopped = Path("stopped")
+def stop(model: Path, photos: Path, flags: Mapping[str, Any], name: str) -> Path:
+    """The folder of a run that was interrupted after three steps."""
 
     class Stopping(Silent):
         def metrics(self, step: int, total_steps: int, values: Mapping[str, float]) -> None:
@@ -173,9 +175,26 @@ def test_resumed_is_as_never_stopped(
                 os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted):
-        learn(model, photos, Stopping(), flags=flags, name="stopped", out=stopped)
-    result = resume(stopped, Silent())
+        learn(model, photos, Stopping(), flags=flags, name=name, out=Path("stopped"))
+    return Path("stopped")
+
+
+def stopped_and_straight(
+    model: Path, photos: Path, flags: Mapping[str, Any]
+) -> tuple[SubjectResult, SubjectResult]:
+    """The same training without a stop, and with one."""
+    straight = learn(model, photos, flags=flags, name="straight")
+    result = resume(stop(model, photos, flags, "stopped"), Silent())
     assert isinstance(result, SubjectResult)
+    return straight, result
+
+
+@pytest.mark.parametrize("prior", ["images", "distill", "none"])
+@pytest.mark.parametrize("train", [["token", "cross", "ffn"], ["token", "lora", "text"]])
+def test_resumed_is_as_never_stopped(
+    model: Path, photos: Path, prior: str, train: list[str]
+) -> None:
+    straight, result = stopped_and_straight(model, photos, {"prior": prior, "train": train, "sample_every": 0})
     assert result.steps == 6
     whole, halves = (load_file(r.file) for r in (straight, result))
     assert whole.keys() == halves.keys()
@@ -278,6 +297,67 @@ def test_nothing_is_silently_not_applied(model: Path, photos: Path, tmp_path: Pa
     with pytest.raises(UsageError, match="stands for several subjects: second, v"):
         draw(model, "a [V] dog")
     assert draw(model, "a [V] dog", subjects=("second",)).recipe["subjects"][0]["name"] == "second"
+    with pytest.raises(UsageError, match=r"--subject names \[V\] 2 times"):
+        draw(model, "a [V] dog", subjects=("v", "v:0.5"))
+    for prompt, negative in (("a [ V ] dog", None), ("a [my dog]", None), ("a dog", "a [W] dog")):
+        with pytest.raises(UsageError, match="no subject is called"):
+            draw(model, prompt, negative_prompt=negative)
+    far = "a dog " * 20
+    with pytest.raises(UsageError, match=r"\[V\] stands behind the first 16 tokens"):
+        draw(model, f"{far}[V] dog", subjects=("v",))
+    kept = draw(model, "a dog", negative_prompt="a [V] dog", subjects=("v",))
+    assert [subject["name"] for subject in kept.recipe["subjects"]] == ["v"]
+    result.file.write_bytes(result.file.read_bytes()[:100])
+    with pytest.raises(UsageError, match=r"no subject is called \[W\].*unreadable: .*v.safetensors"):
+        draw(model, "a [W] dog")
+    with pytest.raises(InputError, match="not a readable safetensors file"):
+        inspect(InspectOptions("v"), Silent())
+
+
+def test_of_overlapping_tokens_the_longest_counts() -> None:
+    assert tokens_in("a [V] dog, [rex]", ["[", "[V", "[V]"]) == ["[V]", "[rex]"]
+    assert tokens_in("a rex and a rexy, rex", ["rex"]) == ["rex"]
+    assert tokens_in("[a] [b] [a]", []) == ["[a]", "[b]"]
+
+
+@pytest.mark.parametrize("train", [["token", "lora"], ["token", "cross", "ffn"], ["all"]])
+def test_bfloat16_with_recomputed_activations_resumes_exactly_too(
+    model: Path, photos: Path, train: list[str]
+) -> None:
+    changes = {"precision": "bf16", "checkpoint_activations": True, "train": train, "sample_every": 0}
+    straight, result = stopped_and_straight(model, photos, changes)
+    whole, halves = (load_file(r.file) for r in (straight, result))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    assert straight.validation == result.validation
+
+
+def test_what_is_only_used_is_kept_in_the_number_type_of_the_training(model: Path) -> None:
+    """Half the memory of a model whose weights are frozen in bfloat16."""
+    frozen = _whole_model(model, str(model), torch.device("cpu"), "bf16")
+    assert frozen.transformer is not None
+    assert {p.dtype for p in frozen.transformer.parameters()} == {torch.bfloat16}
+
+
+def test_resume_leaves_another_subject_of_that_name(model: Path, photos: Path) -> None:
+    run = stop(model, photos, {"sample_every": 0, "prior": "none"}, name="v")
+    other = learn(model, photos, name="v", class_word="cat", flags={"steps": 1, "prior": "none"})
+    before = other.file.read_bytes()
+    report = Silent()
+    result = resume(run, report)
+    assert isinstance(result, SubjectResult)
+    assert other.file.read_bytes() == before
+    assert result.file == run / "subject.safetensors"
+    assert any("v is another subject by now" in warning for warning in report.notices)
+
+
+def test_a_run_that_had_not_saved_anything_says_so(model: Path, photos: Path) -> None:
+    run = stop(model, photos, {"sample_every": 0, "prior": "none"}, name="v")
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    with pytest.raises(UsageError, match="had not saved anything yet"):
+        learn(model, photos, out=run)
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        resume(run, Silent())
 
 
 def test_hostile_and_broken_subject_files(model: Path, photos: Path, tmp_path: Path) -> None:
