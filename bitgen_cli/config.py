@@ -415,6 +415,11 @@ class SubjectTraining(LoopConfig):
         default=["a {subject}", "a photo of a {subject}", "one {subject}", "the {subject}"],
         description="captions of photos without one of their own; {subject} is the token and the class",
     )
+    caption_photos: bool = Field(
+        default=True,
+        description="photos without a caption are also learned from with the prompt of prior_templates that the base "
+        "model finds likeliest for them, so that what stands around the subject is not taken for a part of it",
+    )
     prior_templates: Annotated[list[str], Field(min_length=1)] = Field(
         default=["a {class}", "a photo of a {class}", "one {class}", "the {class}"],
         description="prompts of the class samples",

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from bitgen_cli.config import Config, SubjectTraining
 from bitgen_cli.engine import lora, pyramid
-from bitgen_cli.engine.bits import to_positions
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import save_grid
 from bitgen_cli.engine.device import DTYPES
-from bitgen_cli.engine.losses import bit_loss, distillation_loss
+from bitgen_cli.engine.losses import bit_loss, distillation_loss, position_weights
 from bitgen_cli.engine.model_folder import Model
 from bitgen_cli.engine.parts import ADAPTER, is_trained
 from bitgen_cli.engine.sampling import Drawn, SamplingPlan, draw_bits, plan
@@ -539,9 +538,25 @@ def class_bits(
     return ClassBits(joined, torch.cat(margins), tuple(prompts), scales)
 
 
-def bits_to_rows(bits: Sequence[Tensor], scales: Schedule) -> Tensor:
-    """Bits (M, C, h, w) per scale as positions (M, L, K), to be stored."""
-    return torch.cat([to_positions(scale, scales.cell) for scale in bits], dim=1)
+@torch.no_grad()
+def likeliest(model: Model, latent: Tensor, prompts: Sequence[str], scales: Schedule, device: torch.device) -> int:
+    """Which prompt explains a picture best, by the likelihood of its bits.
+
+    Args:
+        model: in evaluation mode; it knows nothing of the subject yet.
+        latent: (C, H, W) of the picture.
+        prompts: to choose from.
+        scales: of the picture.
+    """
+    assert model.transformer is not None
+    assert model.text_encoder is not None
+    targets, inputs = as_positions(*pyramid.teacher_inputs(latent[None].to(device).float(), scales, None), scales)
+    weights = position_weights(scales, "scales").to(device)
+    likely = []
+    for prompt in prompts:
+        logits = model.transformer(inputs, model.text_encoder.encode([prompt]), scales)
+        likely.append(float((_log_likelihood(logits, targets).mean(-1) * weights).sum()))
+    return max(range(len(prompts)), key=likely.__getitem__)
 
 
 def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:

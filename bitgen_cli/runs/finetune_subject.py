@@ -55,6 +55,7 @@ from bitgen_cli.engine.subject_stage import (
     Probe,
     SubjectStage,
     class_bits,
+    likeliest,
 )
 from bitgen_cli.engine.tensors import save_tensors, stored_dtype
 from bitgen_cli.engine.tokenizer import Tokenizer
@@ -355,7 +356,12 @@ def _photo_lessons(
         scales = _schedule(model, training, photo.height / photo.width if training.buckets else 1.0)
         crops = views(photo, scales.pixels(model.config.tokenizer.patch_size), training, number)
         captions = _captions(file, header, training)
-        lessons += [Lesson(latent, captions, scales) for latent in _latents(torch.stack(crops), model, device)]
+        latents = _latents(torch.stack(crops), model, device)
+        if training.caption_photos and not file.with_suffix(".txt").is_file():
+            known = [with_article(template, header.class_word) for template in training.prior_templates]
+            chosen = training.prior_templates[likeliest(model, latents[0], known, scales, device)]
+            captions = (with_article(chosen, f"{header.token} {header.class_word}"),) * len(captions) + captions
+        lessons += [Lesson(latent, captions, scales) for latent in latents]
     return lessons
 
 

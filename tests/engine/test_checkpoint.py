@@ -105,6 +105,9 @@ def test_a_failing_safetensors_names_the_cause(tmp_path: Path) -> None:
 
 
 def test_an_old_run_is_never_overwritten(run: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"had not saved anything yet.*remove it"):
+        RunFolder(run.path).create({"verb": "train"})
+    run.save(state_at(1), keep_last=1)
     with pytest.raises(UsageError, match=r"already holds a run.*bitgen resume"):
         RunFolder(run.path).create({"verb": "train"})
     (tmp_path / "mine").mkdir()

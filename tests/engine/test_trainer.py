@@ -78,7 +78,7 @@ class Line:
     def draw_samples(self, file: Path) -> None:
         file.write_bytes(b"")
 
-    def export(self, run: RunFolder) -> None:
+    def export(self, run: RunFolder, *, best: bool) -> None:
         self.exported.append(next(self.module.parameters()).detach().clone())
 
     def close(self) -> None:

@@ -19,7 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bitgen_cli.engine.model_folder import load_model
+from bitgen_cli.engine.scales import schedule
 from bitgen_cli.engine.subject import HEADER, PREFIX, ROW, START, Worn, find_subject, read_subject, tokens_in, wearing
+from bitgen_cli.engine.subject_stage import likeliest
 from bitgen_cli.errors import BitgenError, ConfigError, InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.finetune_subject import (
@@ -424,6 +426,30 @@ def test_captions_name_the_subject(model: Path, tmp_path: Path, written: str, re
     result = learn(model, folder, flags={"steps": 1, "prior": "none", "sample_every": 0})
     stored = json.loads((result.run / "start" / "lessons.json").read_text())
     assert stored["photos"][0]["captions"] == [read]
+
+
+def test_photos_without_captions_get_the_likeliest_prompt(model: Path, photos: Path) -> None:
+    """Half of the time, so that the places in the photos are not taken for the subject."""
+    templates = ["a {class}", "the {class} on the moon", "one {class} in the snow"]
+    flags = {"steps": 1, "prior": "none", "sample_every": 0, "prior_templates": templates}
+    result = learn(model, photos, flags={**flags, "photo_templates": ["my {subject}"]})
+    stored = json.loads((result.run / "start" / "lessons.json").read_text())["photos"]
+    assert all(lesson["captions"][1] == "my [V] dog" for lesson in stored)
+    chosen = [lesson["captions"][0] for lesson in stored]
+    assert set(chosen) <= {template.replace("{class}", "[V] dog") for template in templates}
+    # what was chosen explains the photo better than the others do
+    base = load_model(model)
+    assert base.text_encoder is not None
+    prompts = [template.replace("{class}", "dog") for template in templates]
+    scales = schedule(base.config.scales, patchify=False, ratio=1.0)
+    latent = load_file(result.run / "start" / "lessons.safetensors")["photo.0"]
+    assert prompts[likeliest(base, latent, prompts, scales, torch.device("cpu"))] == chosen[0].replace("[V] ", "")
+    orders = [likeliest(base, latent, order, scales, torch.device("cpu")) for order in (prompts, prompts[::-1])]
+    assert orders[0] == 2 - orders[1], "whatever their order"
+
+    plain = learn(model, photos, name="plain", flags={**flags, "caption_photos": False})
+    stored = json.loads((plain.run / "start" / "lessons.json").read_text())["photos"]
+    assert all(lesson["captions"][0] == "a [V] dog" for lesson in stored)
 
 
 def test_buckets_give_photos_their_own_shape(model: Path, tmp_path: Path) -> None:
