@@ -415,10 +415,11 @@ class SubjectTraining(LoopConfig):
         default=["a {subject}", "a photo of a {subject}", "one {subject}", "the {subject}"],
         description="captions of photos without one of their own; {subject} is the token and the class",
     )
-    caption_photos: bool = Field(
-        default=True,
-        description="photos without a caption are also learned from with the prompt of prior_templates that the base "
-        "model finds likeliest for them, so that what stands around the subject is not taken for a part of it",
+    likely_captions: list[str] = Field(
+        default=[],
+        description="captions with {subject}; photos without one of their own are half of the time learned from with "
+        "the one that the base model finds likeliest, so that what stands around the subject is not taken for a part "
+        "of it; none leaves that out",
     )
     prior_templates: Annotated[list[str], Field(min_length=1)] = Field(
         default=["a {class}", "a photo of a {class}", "one {class}", "the {class}"],
@@ -461,7 +462,8 @@ class SubjectTraining(LoopConfig):
     @model_validator(mode="after")
     def _templates(self) -> SubjectTraining:
         problems = {}
-        for key, field in (("photo_templates", "{subject}"), ("prior_templates", "{class}")):
+        fields = {"photo_templates": "{subject}", "likely_captions": "{subject}", "prior_templates": "{class}"}
+        for key, field in fields.items():
             wrong = [template for template in getattr(self, key) if field not in template]
             if wrong:
                 problems[key] = f"{wrong[0]!r} must contain {field}"

@@ -357,9 +357,10 @@ def _photo_lessons(
         crops = views(photo, scales.pixels(model.config.tokenizer.patch_size), training, number)
         captions = _captions(file, header, training)
         latents = _latents(torch.stack(crops), model, device)
-        if training.caption_photos and not file.with_suffix(".txt").is_file():
-            known = [with_article(template, header.class_word) for template in training.prior_templates]
-            chosen = training.prior_templates[likeliest(model, latents[0], known, scales, device)]
+        if training.likely_captions and not file.with_suffix(".txt").is_file():
+            templates = [caption.replace("{subject}", "{class}") for caption in training.likely_captions]
+            known = [with_article(template, header.class_word) for template in templates]
+            chosen = templates[likeliest(model, latents[0], known, scales, device)]
             captions = (with_article(chosen, f"{header.token} {header.class_word}"),) * len(captions) + captions
         lessons += [Lesson(latent, captions, scales) for latent in latents]
     return lessons

@@ -216,7 +216,7 @@ def test_a_prior_of_no_weight_is_no_prior(model: Path, photos: Path) -> None:
 
 def test_distillation_starts_at_nothing(model: Path, photos: Path) -> None:
     """One step at almost no learning rate leaves the base model's own distributions; a real one does not."""
-    flags = {"prior": "distill", "steps": 1, "sample_every": 0, "ema_decay": 0}
+    flags = {"prior": "distill", "steps": 1, "sample_every": 0, "ema_decay": 0, "precision": "fp32"}
     rates = ("training.subject.optimizer.learning_rate=1e-12", "training.subject.token_learning_rate=1e-12")
     still = learn(model, photos, flags=flags, name="still", overrides=rates)
     assert abs(still.validation["val_prior_loss"]) < 1e-6
@@ -430,24 +430,24 @@ def test_captions_name_the_subject(model: Path, tmp_path: Path, written: str, re
 
 def test_photos_without_captions_get_the_likeliest_prompt(model: Path, photos: Path) -> None:
     """Half of the time, so that the places in the photos are not taken for the subject."""
-    templates = ["a {class}", "the {class} on the moon", "one {class} in the snow"]
-    flags = {"steps": 1, "prior": "none", "sample_every": 0, "prior_templates": templates}
+    templates = ["a {subject}", "the {subject} on the moon", "one {subject} in the snow"]
+    flags = {"steps": 1, "prior": "none", "sample_every": 0, "likely_captions": templates}
     result = learn(model, photos, flags={**flags, "photo_templates": ["my {subject}"]})
     stored = json.loads((result.run / "start" / "lessons.json").read_text())["photos"]
     assert all(lesson["captions"][1] == "my [V] dog" for lesson in stored)
     chosen = [lesson["captions"][0] for lesson in stored]
-    assert set(chosen) <= {template.replace("{class}", "[V] dog") for template in templates}
+    assert set(chosen) <= {template.replace("{subject}", "[V] dog") for template in templates}
     # what was chosen explains the photo better than the others do
     base = load_model(model)
     assert base.text_encoder is not None
-    prompts = [template.replace("{class}", "dog") for template in templates]
+    prompts = [template.replace("{subject}", "dog") for template in templates]
     scales = schedule(base.config.scales, patchify=False, ratio=1.0)
     latent = load_file(result.run / "start" / "lessons.safetensors")["photo.0"]
     assert prompts[likeliest(base, latent, prompts, scales, torch.device("cpu"))] == chosen[0].replace("[V] ", "")
     orders = [likeliest(base, latent, order, scales, torch.device("cpu")) for order in (prompts, prompts[::-1])]
     assert orders[0] == 2 - orders[1], "whatever their order"
 
-    plain = learn(model, photos, name="plain", flags={**flags, "caption_photos": False})
+    plain = learn(model, photos, name="plain", flags={**flags, "likely_captions": []})
     stored = json.loads((plain.run / "start" / "lessons.json").read_text())["photos"]
     assert all(lesson["captions"][0] == "a [V] dog" for lesson in stored)
 
