@@ -410,6 +410,11 @@ class SubjectTraining(LoopConfig):
         default="images", description="what keeps the class: pictures of the base model, its bit distributions, nothing"
     )
     prior_weight: NonNegativeFloat = Field(default=1.0, description="weight of the class's loss")
+    prior_targets: Literal["probabilities", "bits"] = Field(
+        default="probabilities",
+        description="what class pictures teach: how likely the base model finds each of their bits, or the bits "
+        "themselves as in DreamBooth, which keeps less of the class's variety",
+    )
     prior_images: PositiveInt = Field(default=64, description="class samples of the base model")
     photo_templates: Annotated[list[str], Field(min_length=1)] = Field(
         default=["a {subject}", "a photo of a {subject}", "one {subject}", "the {subject}"],

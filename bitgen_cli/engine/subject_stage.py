@@ -149,11 +149,18 @@ class SubjectStage:
         token_rate = training.token_learning_rate / training.optimizer.learning_rate
         self.rates: Mapping[str, float] = {"text_encoder.rows.": token_rate}
         self.groups = grouped(range(len(photos)), lambda index: photos[index].schedule.ratio)
+        self._of_prompt: dict[str, list[int]] = {}
+        prompts = [prior.captions[0] for prior in priors] if distilled is None else distilled.captions
+        for index, prompt in enumerate(prompts):
+            self._of_prompt.setdefault(_bare(header.token, prompt), []).append(index)
         self._features_of: dict[str, Tensor] = {}
         self._first: dict[str, tuple[Drawn, float]] = {}
         self._first_loss = 0.0
+        self._margins = None if distilled is None else distilled.margins
+        if priors and training.prior_targets == "probabilities":
+            self._margins = self._base_margins(captioned=True)
         if self._has_prior and training.caption_dropout > 0:
-            self._null_margins = self._null_class_margins()
+            self._null_margins = self._base_margins(captioned=False)
 
     # -- what trains ---------------------------------------------------------------------------------------------------
 
@@ -200,7 +207,7 @@ class SubjectStage:
         photos = [self._photos[index] for index in indices]
         captions = [_drawn_from(photo.captions, generator) for photo in photos]
         taught = self._subject_batch(photos, captions, generator)
-        kept = self._class_batch(len(indices), generator) if self._has_prior else None
+        kept = self._class_batch(captions, generator) if self._has_prior else None
         together = kept is not None and kept.schedule == taught.schedule
         class_logits: Tensor | None = None
         with self._autocast():
@@ -233,52 +240,63 @@ class SubjectStage:
         targets, inputs = as_positions(*pyramid.teacher_inputs(latents, scales, flips), scales)
         return _Batch(scales, targets, inputs, self._features(captions), None)
 
-    def _class_batch(self, count: int, generator: torch.Generator) -> _Batch:
-        """As many class samples as there are photos, now and then all without a caption."""
-        chosen = torch.randint(self._class_samples, (count,), generator=generator).tolist()
+    def _class_batch(self, captions: Sequence[str], generator: torch.Generator) -> _Batch:
+        """A class sample for each photo's caption, now and then all without a caption of their own."""
+        chosen = [self._counterpart(caption, generator) for caption in captions]
         if float(torch.rand((), generator=generator)) < self.training.caption_dropout:
             return replace(self._without_captions(chosen), margins=self._null_margins[chosen].to(self.device))
-        if self._distilled is not None:
-            return self._distilled_batch(chosen)
-        lessons = [self._priors[index] for index in chosen]
-        return self._subject_batch(lessons, [_drawn_from(p.captions, generator) for p in lessons], generator)
+        return self._class_samples(chosen, generator)
+
+    def _counterpart(self, caption: str, generator: torch.Generator) -> int:
+        """A class sample of the same prompt but for the token; any, when there is none.
+
+        What else stands in the prompt then says nothing about whether the subject is meant: only the token does, and it
+        keeps its meaning beside words that no photo had.
+        """
+        fitting = self._of_prompt.get(_bare(self.header.token, caption)) or range(self._class_count)
+        return fitting[int(torch.randint(len(fitting), (), generator=generator))]
 
     @property
-    def _class_samples(self) -> int:
+    def _class_count(self) -> int:
         return len(self._priors) if self._distilled is None else len(self._distilled.captions)
+
+    def _class_samples(self, chosen: Sequence[int], generator: torch.Generator | None) -> _Batch:
+        """Class samples with their captions; only those that are learned from as photos are get flipped bits."""
+        kept = self._distilled
+        if kept is None:
+            lessons = [self._priors[index] for index in chosen]
+            captions = [lesson.captions[0] for lesson in lessons]
+            batch = self._subject_batch(lessons, captions, generator if self._margins is None else None)
+        else:
+            bits = [scale[list(chosen)].to(self.device) for scale in kept.bits]
+            targets, inputs = as_positions(bits, pyramid.inputs_from_bits(bits, kept.schedule), kept.schedule)
+            text = self._features([kept.captions[index] for index in chosen])
+            batch = _Batch(kept.schedule, targets, inputs, text, None)
+        if self._margins is None:
+            return batch
+        return replace(batch, margins=self._margins[list(chosen)].to(self.device))
 
     def _without_captions(self, chosen: Sequence[int]) -> _Batch:
         """Class samples with the unconditional prompt."""
-        if self._distilled is not None:
-            batch = self._distilled_batch(chosen)
-        else:
-            lessons = [self._priors[index] for index in chosen]
-            batch = self._subject_batch(lessons, [lesson.captions[0] for lesson in lessons], None)
-        return replace(batch, text=self._drop(batch.text, [True] * len(chosen)))
+        batch = self._class_samples(chosen, None)
+        return replace(batch, text=self._drop(batch.text, [True] * len(chosen)), margins=None)
 
     @torch.no_grad()
-    def _null_class_margins(self) -> Tensor:
-        """Margins (M, L, K) of the base model for the class samples without their captions.
+    def _base_margins(self, *, captioned: bool) -> Tensor:
+        """Margins (M, L, K) of the base model for the bits of the class samples, with their captions or without.
 
-        Guidance subtracts what is predicted without a caption. Were that learned from pictures of the class alone, or
-        left to drift, it would push all other prompts elsewhere than before: it is to stay what it was.
+        Those without are kept because guidance subtracts what is predicted without a caption. Were that learned from
+        pictures of the class alone, or left to drift, it would push all other prompts elsewhere than before.
         """
         self.module.eval()
         found = []
         with self._autocast():
-            for start in range(0, self._class_samples, self.at_once):
-                chosen = list(range(start, min(start + self.at_once, self._class_samples)))
-                pairs = torch.unflatten(self._forward(self._without_captions(chosen)).float(), -1, (-1, 2))
+            for start in range(0, self._class_count, self.at_once):
+                chosen = list(range(start, min(start + self.at_once, self._class_count)))
+                batch = self._class_samples(chosen, None) if captioned else self._without_captions(chosen)
+                pairs = torch.unflatten(self._forward(batch).float(), -1, (-1, 2))
                 found.append((pairs[..., 1] - pairs[..., 0]).cpu())
         return torch.cat(found)
-
-    def _distilled_batch(self, chosen: Sequence[int]) -> _Batch:
-        kept = self._distilled
-        assert kept is not None
-        bits = [scale[list(chosen)].to(self.device) for scale in kept.bits]
-        targets, inputs = as_positions(bits, pyramid.inputs_from_bits(bits, kept.schedule), kept.schedule)
-        text = self._features([kept.captions[index] for index in chosen])
-        return _Batch(kept.schedule, targets, inputs, text, kept.margins[list(chosen)].to(self.device))
 
     def _class_loss(self, logits: Tensor, batch: _Batch) -> Tensor:
         if batch.margins is None:
@@ -342,36 +360,34 @@ class SubjectStage:
         return values
 
     def _validation_losses(self) -> dict[str, float]:
-        values = {"val_subject_loss": self._photo_loss(self.header.token)}
+        values = {"val_subject_loss": self._photo_loss(named=True)}
         if self._has_prior:
             with self._autocast():
                 values["val_prior_loss"] = self._validation_prior()
         values["val_loss"] = values["val_subject_loss"] + self.training.prior_weight * values.get("val_prior_loss", 0.0)
         return values
 
-    def _photo_loss(self, token: str) -> float:
-        """The photos' loss without chance, each under its first caption with something else for the token."""
+    def _photo_loss(self, *, named: bool) -> float:
+        """The photos' loss without chance, each under its first caption, with the token or without it."""
         total, count = 0.0, 0
         for group in self.groups:
             for start in range(0, len(group), self.at_once):
                 photos = [self._photos[index] for index in group[start : start + self.at_once]]
-                captions = [photo.captions[0].replace(self.header.token, token).strip() for photo in photos]
+                captions = [photo.captions[0] for photo in photos]
+                if not named:
+                    captions = [_without(self.header.token, caption) for caption in captions]
                 with self._autocast():
-                    batch = self._subject_batch(photos, [" ".join(caption.split()) for caption in captions], None)
+                    batch = self._subject_batch(photos, captions, None)
                     loss = bit_loss(self._forward(batch), batch.targets, batch.schedule, self.training)[0]
                 total, count = total + loss.item() * len(photos), count + len(photos)
         return total / count
 
     def _validation_prior(self) -> float:
-        chosen = list(range(min(self._class_samples, VALIDATED)))
+        chosen = list(range(min(self._class_count, VALIDATED)))
         loss = 0.0
         for start in range(0, len(chosen), self.at_once):
             part = chosen[start : start + self.at_once]
-            if self._distilled is None:
-                lessons = [self._priors[index] for index in part]
-                batch = self._subject_batch(lessons, [lesson.captions[0] for lesson in lessons], None)
-            else:
-                batch = self._distilled_batch(part)
+            batch = self._class_samples(part, None)
             loss += self._class_loss(self._forward(batch), batch).item() * len(part)
         return loss / len(chosen)
 
@@ -383,9 +399,9 @@ class SubjectStage:
         for name, (bits, _) in self._first.items():
             if name != SUBJECT:
                 values[f"{name}_agreement"] = agreement(drawn[name].bits, bits.bits)
-        learned = self._first_loss - self._photo_loss(self.header.token)
+        learned = self._first_loss - self._photo_loss(named=True)
         if learned > LEARNED * self._first_loss:
-            values["class_leak"] = (self._first_loss - self._photo_loss("")) / learned
+            values["class_leak"] = (self._first_loss - self._photo_loss(named=False)) / learned
         with self.base():
             for name, probe in self._probes.items():
                 before = self._first[name][1]
@@ -396,7 +412,7 @@ class SubjectStage:
         """Draws the base model's pictures of the probes and judges the photos with it, once."""
         if not self._first:
             with self.base():
-                self._first_loss = self._photo_loss("")
+                self._first_loss = self._photo_loss(named=False)
                 for name, probe in self._probes.items():
                     drawn = self._draw(probe)
                     self._first[name] = drawn, self._adherence(drawn, probe)
@@ -564,6 +580,15 @@ def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     pairs = torch.unflatten(logits.float(), -1, (-1, 2))
     margin = pairs[..., 1] - pairs[..., 0]
     return nn.functional.logsigmoid(torch.where(targets, margin, -margin))
+
+
+def _without(token: str, caption: str) -> str:
+    return " ".join(caption.replace(token, "").split())
+
+
+def _bare(token: str, caption: str) -> str:
+    """The caption without the token, the same whether `a` or `an` goes before what is left."""
+    return " ".join("a" if word == "an" else word for word in _without(token, caption).split())
 
 
 def _drawn_from(captions: Sequence[str], generator: torch.Generator) -> str:

@@ -199,7 +199,7 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
     )
     _save_lessons(run, lessons, priors, distilled)
     stage = _stage(resolved.config, model, lessons, priors, distilled, header, device, at_once)
-    trained = fit(SUBJECT, stage, resolved.config, run, report, device, started)
+    trained = fit(SUBJECT, stage, resolved.config, run, _WatchesClass(report, header), device, started)
     return _finish(name, header, run, trained, model, options.merge, report, started, replace=True)
 
 
@@ -237,7 +237,7 @@ def resume_subject(
     if steps is not None:
         stored = {"config": config.model_dump(mode="json"), "header": header.model_dump(mode="json")}
         run.describe({**description, **stored})
-    trained = fit(SUBJECT, stage, config, run, report, where, started, resumed=True)
+    trained = fit(SUBJECT, stage, config, run, _WatchesClass(report, header), where, started, resumed=True)
     out = None if merge is None else Path(merge)
     return _finish(name, header, run, trained, model, out, report, started, replace=False)
 
@@ -568,6 +568,25 @@ def _stage(
     return SubjectStage(config, model, photos, priors, distilled, header, probes, scales, device, at_once)
 
 
+class _WatchesClass:
+    """Passes everything on, and warns once when the class becomes the subject."""
+
+    def __init__(self, report: Report, header: Header) -> None:
+        self._report, self._header = report, header
+        self._warned = False
+        self.notice, self.warning, self.task = report.notice, report.warning, report.task
+
+    def metrics(self, step: int, total_steps: int, values: Mapping[str, float]) -> None:
+        """As Report says."""
+        self._report.metrics(step, total_steps, values)
+        if values.get("drift_class_leak", 0.0) > LEAK and not self._warned:
+            self._warned = True
+            self._report.warning(
+                f"after {step} steps pictures of a {self._header.class_word} without the token turn into "
+                f"{self._header.token}; fewer steps, --prior images or a larger --prior-weight keep the class"
+            )
+
+
 PLACES = ("", " on the moon", " on the beach", " in the snow")
 """Where the subject and its class are looked at while it is learned."""
 
@@ -646,7 +665,7 @@ def _finish(
     *,
     replace: bool,
 ) -> SubjectResult:
-    """Registers the subject, unless its name went to another one meanwhile, and warns when its class has become it."""
+    """Registers the subject, unless its name went to another one meanwhile, and merges it where that was asked for."""
     target = registered_file(name)
     if not replace and _is_another(target, header):
         report.warning(
@@ -656,12 +675,6 @@ def _finish(
     else:
         with atomic_path(target) as temporary:
             temporary.write_bytes(run.subject.read_bytes())
-    seen = trained.validation
-    if seen.get("drift_class_leak", 0.0) > LEAK:
-        report.warning(
-            f"pictures of a {header.class_word} without the token turn into {header.token}; fewer steps, "
-            "--prior images or a larger --prior-weight keep the class"
-        )
     merged = None
     if merge is not None:
         fresh = _whole_model(model.folder, header.base_name, torch.device("cpu"), "fp32")
@@ -673,7 +686,7 @@ def _finish(
         file=target,
         run=run.path,
         steps=trained.steps,
-        validation=seen,
+        validation=trained.validation,
         merged=merged,
         seconds=time.perf_counter() - started,
     )

@@ -214,12 +214,15 @@ def test_a_prior_of_no_weight_is_no_prior(model: Path, photos: Path) -> None:
     assert not all(torch.equal(one[name], kept[name]) for name in one)
 
 
-def test_distillation_starts_at_nothing(model: Path, photos: Path) -> None:
+@pytest.mark.parametrize("prior", ["images", "distill"])
+def test_keeping_the_class_starts_at_nothing(model: Path, photos: Path, prior: str) -> None:
     """One step at almost no learning rate leaves the base model's own distributions; a real one does not."""
-    flags = {"prior": "distill", "steps": 1, "sample_every": 0, "ema_decay": 0, "precision": "fp32"}
+    flags = {"prior": prior, "steps": 1, "sample_every": 0, "ema_decay": 0, "precision": "fp32"}
     rates = ("training.subject.optimizer.learning_rate=1e-12", "training.subject.token_learning_rate=1e-12")
     still = learn(model, photos, flags=flags, name="still", overrides=rates)
     assert abs(still.validation["val_prior_loss"]) < 1e-6
+    bits = learn(model, photos, flags={**flags, "prior_targets": "bits"}, name="bits", overrides=rates)
+    assert (bits.validation["val_prior_loss"] > 0.1) == (prior == "images"), "the loss of the pictures' own bits"
     rates = ("training.subject.optimizer.learning_rate=0.01", "training.subject.optimizer.warmup_steps=0")
     moved = learn(model, photos, flags=flags, name="moved", overrides=rates)
     assert moved.validation["val_prior_loss"] > 1e-4
@@ -426,6 +429,51 @@ def test_captions_name_the_subject(model: Path, tmp_path: Path, written: str, re
     result = learn(model, folder, flags={"steps": 1, "prior": "none", "sample_every": 0})
     stored = json.loads((result.run / "start" / "lessons.json").read_text())
     assert stored["photos"][0]["captions"] == [read]
+
+
+def test_a_class_that_turns_into_the_subject_is_warned_of_once_while_it_trains(model: Path, photos: Path) -> None:
+    """With nothing to keep the class and far too much learned at once, "a dog" is the subject as well."""
+    fast = ("training.subject.optimizer.learning_rate=0.01", "training.subject.optimizer.warmup_steps=0")
+    report = Silent()
+    flags = {"prior": "none", "train": ["all"], "steps": 12, "validate_every": 4, "sample_every": 0}
+    result = learn(model, photos, report, flags=flags, overrides=fast)
+    lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    leaks = {line["step"]: line["drift_class_leak"] for line in lines if "drift_class_leak" in line}
+    first = min(step for step, leak in leaks.items() if leak > 0.5)
+    (warned,) = [text for text in report.notices if "turn into [V]" in text]
+    assert first < 12
+    assert f"after {first} steps" in warned
+
+    report = Silent()
+    learn(model, photos, report, name="still", flags={**flags, "train": ["token"]})
+    assert not [text for text in report.notices if "turn into" in text]
+
+
+def test_class_pictures_answer_the_photos_captions(model: Path, photos: Path, tmp_path: Path) -> None:
+    """A photo "on the moon" meets the class on the moon, so that only the token says which of the two is meant."""
+    captioned = shutil.copytree(photos, tmp_path / "captioned")
+    for file in captioned.glob("*.png"):
+        file.with_suffix(".txt").write_text("an {subject} on the moon")
+
+    def learned(name: str, photos: Path, changed: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """The subject, with class pictures 0 and 1 on the moon, 2 and 3 in the snow, some of them other than usual."""
+        own = tiny_model.photos(tmp_path / name, 4)
+        for number in range(4):
+            place = "on the moon" if number < 2 else "in the snow"
+            (own / f"{number}.txt").write_text(f"a dog {place}")
+        for number in changed:
+            Image.new("RGB", (48, 48), (90, 200, 10 * number)).save(own / f"{number}.png")
+        flags = {"sample_every": 0, "validate_every": 100, "prior_images": 4, "caption_dropout": 0.5}
+        return load_file(learn(model, photos, name=name, flags=flags, priors=own).file)
+
+    def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(one[name], other[name]) for name in one)
+
+    usual = learned("usual", captioned, ())
+    assert same(usual, learned("snow", captioned, (2, 3))), "the class in the snow answers no photo"
+    assert not same(usual, learned("moon", captioned, (0, 1)))
+    # captions that no class picture answers meet all of them
+    assert not same(learned("any", photos, ()), learned("any-snow", photos, (2, 3)))
 
 
 def test_photos_without_captions_get_the_likeliest_prompt(model: Path, photos: Path) -> None:
