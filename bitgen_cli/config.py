@@ -403,13 +403,18 @@ class SubjectTraining(LoopConfig):
         default=["token", "cross", "ffn"], description="what learns the subject; everything else is frozen"
     )
     token_learning_rate: PositiveFloat = Field(default=1e-3, description="the peak for the token's embedding")
+    token_head_start: BelowOne = Field(
+        default=0.25,
+        description="share of the steps in which the token's embedding learns alone: what the model can already draw "
+        "is then in the token, which prompts combine with anything, and the weights learn the rest",
+    )
     lora_rank: PositiveInt = 16
     lora_alpha: PositiveFloat = Field(default=16.0, description="the adapter is scaled by lora_alpha / lora_rank")
     lora_layers: Annotated[list[LoraLayer], Field(min_length=1)] = Field(default=["cross", "ffn"])
     prior: Literal["images", "distill", "none"] = Field(
         default="images", description="what keeps the class: pictures of the base model, its bit distributions, nothing"
     )
-    prior_weight: NonNegativeFloat = Field(default=1.0, description="weight of the class's loss")
+    prior_weight: NonNegativeFloat = Field(default=4.0, description="weight of the class's loss")
     prior_targets: Literal["probabilities", "bits"] = Field(
         default="probabilities",
         description="what class pictures teach: how likely the base model finds each of their bits, or the bits "
@@ -439,7 +444,7 @@ class SubjectTraining(LoopConfig):
     views: PositiveInt = Field(default=8, description="crops of each photo that are learned from")
     crop: BelowOne = Field(default=0.1, description="share of a photo's side that a crop may leave out")
     flip: bool = Field(default=False, description="mirror half of the crops; wrong for subjects whose sides differ")
-    scale_weighting: ScaleWeighting = Field(default="scales", description=_SCALE_WEIGHTING)
+    scale_weighting: ScaleWeighting = Field(default="published", description=_SCALE_WEIGHTING)
     bit_loss: Literal["mean", "sum"] = Field(default="mean", description="over the bits of a position")
     flip_strength: Fraction = Field(
         default=0.1, description="self-correction: bits flip with up to this probability"
@@ -463,6 +468,16 @@ class SubjectTraining(LoopConfig):
         description="prompts that have nothing to do with the subject; their pictures show the drift",
     )
     checkpoint_activations: bool = False
+
+    @property
+    def first_whole_step(self) -> int:
+        """The step from which everything that `train` names learns, not only the token."""
+        return int(self.token_head_start * self.steps) if {"token", "all"} & set(self.train) else 0
+
+    @property
+    def keeps_class(self) -> bool:
+        """Whether class samples are learned from; the token alone cannot change what prompts without it mean."""
+        return self.prior != "none" and self.prior_weight > 0 and set(self.train) != {"token"}
 
     @model_validator(mode="after")
     def _templates(self) -> SubjectTraining:

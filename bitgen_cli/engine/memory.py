@@ -322,7 +322,7 @@ def subject_training_memory(
     frozen = counts.transformer + text + (counts.tokenizer if autoencoder else 0)
     if training.train != ["token"]:
         frozen -= 0 if "lora" in parts and parts <= {"lora", "token"} else trained
-    rows = training.batch_size * (1 if training.prior == "none" or training.prior_weight == 0 else 2)
+    rows = training.batch_size * (2 if training.keeps_class else 1)
     kept = rows * _subject_kept(config.model, training, schedule, text_tokens)
     copies = 0 if number == FP32 else trained * BF16
     return TrainingMemory(

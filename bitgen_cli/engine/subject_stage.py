@@ -31,7 +31,7 @@ from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.self_correction import flipper
 from bitgen_cli.engine.subject import DELTA, PREFIX, ROW, START, Header, save_subject
 from bitgen_cli.engine.text import TextEncoder
-from bitgen_cli.engine.trainer import grouped
+from bitgen_cli.engine.trainer import Pace, grouped
 from bitgen_cli.engine.transformer import TextFeatures, Transformer
 from bitgen_cli.engine.transformer_stage import as_positions, attention
 from bitgen_cli.files import write_text
@@ -45,6 +45,8 @@ VALIDATED = 16
 LEARNED = 0.05
 """Share of the photos' first loss that must be gone before anything is said about where it went."""
 SUBJECT, CLASS, UNRELATED = "subject", "class", "unrelated"
+ROWS = "text_encoder.rows."
+"""Beginning of the names of token embeddings."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ class SubjectStage:
         self._plan = plan(config.sampling, len(scales))
         self._choose()
         token_rate = training.token_learning_rate / training.optimizer.learning_rate
-        self.rates: Mapping[str, float] = {"text_encoder.rows.": token_rate}
+        self._start = training.first_whole_step
+        self.paces: Mapping[str, Pace] = {ROWS: Pace(rate=token_rate), "": Pace(start=self._start)}
         self.groups = grouped(range(len(photos)), lambda index: photos[index].schedule.ratio)
         self._of_prompt: dict[str, list[int]] = {}
         prompts = [prior.captions[0] for prior in priors] if distilled is None else distilled.captions
@@ -207,7 +210,7 @@ class SubjectStage:
         photos = [self._photos[index] for index in indices]
         captions = [_drawn_from(photo.captions, generator) for photo in photos]
         taught = self._subject_batch(photos, captions, generator)
-        kept = self._class_batch(captions, generator) if self._has_prior else None
+        kept = self._class_batch(captions, generator) if self._has_prior and step >= self._start else None
         together = kept is not None and kept.schedule == taught.schedule
         class_logits: Tensor | None = None
         with self._autocast():
@@ -227,7 +230,7 @@ class SubjectStage:
 
     @property
     def _has_prior(self) -> bool:
-        return self.training.prior != "none" and self.training.prior_weight > 0
+        return self.training.keeps_class
 
     def _subject_batch(
         self, photos: Sequence[Lesson], captions: Sequence[str], generator: torch.Generator | None

@@ -18,7 +18,7 @@ from bitgen_cli.engine.model_folder import save_model
 from bitgen_cli.engine.pictures import Pictures
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
-from bitgen_cli.engine.trainer import chunks, grouped, split
+from bitgen_cli.engine.trainer import Pace, chunks, grouped, split
 from bitgen_cli.report import Report
 
 GRID_COLUMNS = 12
@@ -49,7 +49,7 @@ class TokenizerStage:
         training = config.training.tokenizer
         assert training is not None
         self.config = config
-        self.rates: Mapping[str, float] = {}
+        self.paces: Mapping[str, Pace] = {}
         self.training: TokenizerTraining = training
         self.device = device
         self.module = tokenizer.requires_grad_(True).to(device)

@@ -39,16 +39,29 @@ _ORDER, _STEP, _LAYERS = range(3)
 """What a seed is for: the order of pictures, a stage's own draws in a step, its layers' draws (drop path)."""
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast a parameter learns, and from when.
+
+    Attributes:
+        rate: what the learning rate is multiplied with.
+        start: the first step it learns in; its warm-up begins there.
+    """
+
+    rate: float = 1.0
+    start: int = 0
+
+
 class Stage(Protocol):
     """What is trained: a module, its data and its loss.
 
     Attributes:
         groups: training pictures in groups that may share a batch (same aspect ratio), as indices.
-        rates: beginnings of parameter names and what the learning rate is multiplied with for those.
+        paces: beginnings of parameter names and the pace of those; the first that fits counts.
     """
 
     groups: list[list[int]]
-    rates: Mapping[str, float]
+    paces: Mapping[str, Pace]
 
     @property
     def module(self) -> nn.Module:
@@ -83,22 +96,24 @@ class Progress:
     best: float = math.inf
 
 
-def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
+def learning_rate(step: int, total: int, config: OptimizerConfig, start: int = 0) -> float:
     """The rate of a step: linear warm-up, then constant, or cosine to final_learning_rate x the peak.
 
     Args:
         step: 0 ... total - 1.
         total: steps of the training.
         config: peak, warm-up and schedule.
+        start: the step that the warm-up begins at; before it the rate is 0.
     """
-    peak = config.learning_rate
-    if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
+    if step < start:
+        return 0.0
+    warmed = min(1.0, (step - start + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.schedule == "constant":
-        return peak
+        return config.learning_rate * warmed
     share = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
     floor = config.final_learning_rate
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+    fallen = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, share))))
+    return config.learning_rate * min(warmed, fallen)
 
 
 def batches(groups: list[list[int]], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -152,21 +167,22 @@ def chunks(groups: list[list[int]], size: int) -> list[list[int]]:
     return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, weight_decay: float, paces: Mapping[str, Pace]) -> list[dict[str, Any]]:
     """Trainable parameters with and without weight decay, in the order of their names in the module.
 
     Args:
         module: what is trained.
         weight_decay: of matrices.
-        rates: as in `Stage`; parameters with a rate of their own are in groups of their own.
+        paces: as in `Stage`; parameters with a pace of their own are in groups of their own.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, weight_decay): [], (1.0, 0.0): []}
+    usual = Pace()
+    groups: dict[tuple[Pace, float], list[nn.Parameter]] = {(usual, weight_decay): [], (usual, 0.0): []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            rate = next((rate for start, rate in rates.items() if name.startswith(start)), 1.0)
+            pace = next((pace for start, pace in paces.items() if name.startswith(start)), usual)
             decay = 0.0 if _undecayed(name, parameter) else weight_decay
-            groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": found, "weight_decay": decay, "rate": rate} for (rate, decay), found in groups.items()]
+            groups.setdefault((pace, decay), []).append(parameter)
+    return [{"params": found, "weight_decay": decay, "pace": pace} for (pace, decay), found in groups.items()]
 
 
 def _undecayed(name: str, parameter: Tensor) -> bool:
@@ -201,7 +217,7 @@ class Trainer:
         self.trained = {name: p for name, p in stage.module.named_parameters() if p.requires_grad}
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(stage.module, config.optimizer.weight_decay, stage.rates),
+            parameter_groups(stage.module, config.optimizer.weight_decay, stage.paces),
             lr=config.optimizer.learning_rate,
             betas=config.optimizer.betas,
             eps=config.optimizer.epsilon,
@@ -307,9 +323,11 @@ class Trainer:
     def _step(self) -> dict[str, Tensor]:
         """One optimizer step; returns its loss and gradient norm, and what its last micro-batch measured."""
         step = self.progress.step
-        rate = learning_rate(step, self.config.steps, self.config.optimizer)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["rate"]
+            pace = group["pace"]
+            group["lr"] = learning_rate(step, self.config.steps, self.config.optimizer, pace.start) * pace.rate
+            for parameter in group["params"]:
+                parameter.requires_grad_(step >= pace.start)
         self.stage.module.train()
         self.optimizer.zero_grad(set_to_none=True)
         measured: dict[str, Tensor] = {}

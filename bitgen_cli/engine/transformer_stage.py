@@ -27,7 +27,7 @@ from bitgen_cli.engine.self_correction import flipper
 from bitgen_cli.engine.store import TokenStore
 from bitgen_cli.engine.text import TextEncoder
 from bitgen_cli.engine.tokenizer import Tokenizer
-from bitgen_cli.engine.trainer import chunks, grouped, split
+from bitgen_cli.engine.trainer import Pace, chunks, grouped, split
 from bitgen_cli.engine.transformer import TextFeatures, Transformer
 from bitgen_cli.errors import ResourceError, UsageError
 from bitgen_cli.files import atomic_path, write_text
@@ -78,7 +78,7 @@ class TransformerStage:
         training = config.training.transformer
         assert training is not None
         self.config = config
-        self.rates: Mapping[str, float] = {}
+        self.paces: Mapping[str, Pace] = {}
         self.training: TransformerTraining = training
         self.store = store
         self.device = device

@@ -396,7 +396,7 @@ def _class_samples(
 ) -> tuple[list[Lesson], ClassBits | None]:
     """What keeps the class: pictures that the base model made or the user has, or the base model's own bits."""
     training = _training(config)
-    if training.prior == "none" or training.prior_weight == 0:
+    if not training.keeps_class:
         return [], None
     scales = _schedule(model, training, 1.0)
     prompts = [with_article(template, header.class_word) for template in training.prior_templates]

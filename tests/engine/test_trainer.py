@@ -19,6 +19,7 @@ from bitgen_cli.config import LoopConfig, ModelConfig, OptimizerConfig
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.trainer import (
     _STEP,
+    Pace,
     Trainer,
     _mix,
     batches,
@@ -49,7 +50,7 @@ class Line:
     seen: list[list[int]] = field(default_factory=list)
     announced: list[list[int]] = field(default_factory=list)
     exported: list[Tensor] = field(default_factory=list)
-    rates: Mapping[str, float] = field(default_factory=dict)
+    paces: Mapping[str, Pace] = field(default_factory=dict)
     groups: list[list[int]] = field(default_factory=lambda: [list(range(20)), list(range(20, 31))])
 
     def __post_init__(self) -> None:
@@ -83,6 +84,9 @@ class Line:
 
     def close(self) -> None:
         pass
+
+
+CONSTANT = {"learning_rate": 0.01, "warmup_steps": 3, "schedule": "constant"}
 
 
 def loop(**changes: Any) -> LoopConfig:
@@ -235,6 +239,38 @@ def test_learning_rates() -> None:
     assert rates[54] == pytest.approx(1.1)
     assert rates[104] == pytest.approx(0.2)
     assert learning_rate(103, 104, config.model_copy(update={"schedule": "constant"})) == 2.0
+    late = [learning_rate(step, 104, config, start=50) for step in range(105)]
+    assert late[:50] == [0.0] * 50
+    assert late[50:53] == [0.5, 1.0, pytest.approx(min(1.5, rates[52]))]
+    assert late[53:] == rates[53:], "from there on as if it had always been"
+
+
+def test_a_late_parameter_waits_and_then_learns_exactly_as_resumed(tmp_path: Path) -> None:
+    """Nothing of it moves or gathers momentum before its first step, also across a stop in the middle of the wait."""
+    late = {"0.": Pace(start=5), "": Pace(rate=2.0)}
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    stage = Line(paces=late)
+    module = stage.module
+
+    def look(step: int) -> None:
+        seen[step] = module[0].weight.detach().clone(), module[2].weight.detach().clone()  # type: ignore[index]
+
+    stage.on_loss = look
+    straight = trainer(tmp_path / "straight", stage, loop(ema_decay=0))
+    straight.fit()
+    assert all(torch.equal(seen[step][0], seen[0][0]) for step in range(6)), "step 5 begins with what step 0 did"
+    assert not torch.equal(seen[1][1], seen[0][1])
+    assert not torch.equal(seen[6][0], seen[5][0])
+
+    for stop in (3, 5, 6):
+        path = tmp_path / str(stop)
+        trainer(path, Line(paces=late), loop(ema_decay=0, steps=stop, optimizer=CONSTANT)).fit()
+        resumed = trainer(path, Line(paces=late), loop(ema_decay=0, optimizer=CONSTANT), new=False)
+        resumed.fit()
+        whole = trainer(tmp_path / f"whole{stop}", Line(paces=late), loop(ema_decay=0, optimizer=CONSTANT))
+        whole.fit()
+        ended = zip(resumed.trained.values(), whole.trained.values(), strict=True)
+        assert all(torch.equal(one, other) for one, other in ended)
 
 
 def test_weight_decay_leaves_out_what_the_recipe_leaves_out() -> None:

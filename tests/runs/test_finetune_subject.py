@@ -104,7 +104,8 @@ def test_photos_become_a_subject_that_sample_finds(model: Path, photos: Path, ho
     measured = {"val_subject_loss", "val_prior_loss", "drift_class_agreement", "drift_class_leak"}
     assert measured <= set(result.validation)
     logged = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
-    assert all({"subject_loss", "prior_loss"} <= set(line) for line in logged if "loss" in line)
+    assert [line["step"] for line in logged if "subject_loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in logged if "prior_loss" in line] == [2, 3, 4, 5, 6], "the token learns first"
     assert (result.run / "samples" / "step-0000004.png").is_file()
     assert read_subject(result.run / "best" / "subject.safetensors").token == "[V]"
 
@@ -202,6 +203,33 @@ def test_resumed_is_as_never_stopped(
     assert whole.keys() == halves.keys()
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
     assert straight.validation == result.validation
+
+
+def test_the_token_learns_alone_first(model: Path, photos: Path) -> None:
+    """The class, which it cannot change, is not looked at meanwhile."""
+    flags = {"steps": 8, "token_head_start": 0.5, "save_every": 1, "keep_last": 8, "sample_every": 0, "ema_decay": 0}
+    result = learn(model, photos, flags=flags)
+    states = [load_file(file) for file in sorted((result.run / "checkpoints").glob("step-*/weights.safetensors"))]
+    rows = {name for name in states[0] if name.startswith("text_encoder.rows.")}
+    others = set(states[0]) - rows
+    assert rows
+    assert others
+    moved = [
+        [any(not torch.equal(state[name], states[0][name]) for name in names) for state in states[1:]]
+        for names in (rows, others)
+    ]
+    assert moved == [[True] * 7, [False] * 3 + [True] * 4]
+    lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "prior_loss" in line] == [5, 6, 7, 8]
+
+
+def test_the_token_alone_needs_no_class_pictures(model: Path, photos: Path, home: Path) -> None:
+    """Without it in the prompt nothing differs from the base model, whatever it has become."""
+    flags = {"train": ["token"], "steps": 2, "sample_every": 0}
+    one = learn(model, photos, flags=flags)
+    assert not (home / "priors").exists()
+    other = learn(model, photos, name="none", flags={**flags, "prior": "none"})
+    assert all(torch.equal(load_file(one.file)[name], load_file(other.file)[name]) for name in (ROW, START))
 
 
 def test_a_prior_of_no_weight_is_no_prior(model: Path, photos: Path) -> None:
