@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+WORD_START = "\u2581"
 
 
 class TextEncoder(nn.Module):
@@ -85,6 +86,10 @@ class TextEncoder(nn.Module):
         """Whether the vocabulary has the token as one entry."""
         ids = self.word_ids(token)
         return len(ids) == 1 and ids[0] != self.vocabulary.token_to_id(UNKNOWN)
+
+    def has_no_word_for(self, text: str) -> bool:
+        """Whether all of a text is unknown to the vocabulary."""
+        return set(self.vocabulary.encode(text, add_special_tokens=False).tokens) <= {UNKNOWN, WORD_START}
 
     @torch.no_grad()
     def embedding_of(self, text: str) -> Tensor:

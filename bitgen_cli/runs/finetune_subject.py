@@ -179,6 +179,8 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
     check_token(options.token, model.text_encoder)
     header = _header(options, class_word, model, resolved.config, files)
 
+    if model.text_encoder.has_no_word_for(class_word):
+        report.warning(f"the model's text encoder has no word for {class_word!r}; a class that it knows teaches better")
     _learn_token(model, header)
     lessons = _photo_lessons(photos, files, header, model, training, device)
     if any(_cut(model, caption) for lesson in lessons for caption in lesson.captions):

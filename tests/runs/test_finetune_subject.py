@@ -232,6 +232,14 @@ def test_the_token_alone_needs_no_class_pictures(model: Path, photos: Path, home
     assert all(torch.equal(load_file(one.file)[name], load_file(other.file)[name]) for name in (ROW, START))
 
 
+def test_a_class_in_letters_that_the_model_never_saw_is_warned_of(model: Path, photos: Path) -> None:
+    flags = {"train": ["token"], "steps": 1, "sample_every": 0}
+    for word, warned in (("собака", True), ("犬", True), ("corgi", False), ("犬 dog", False)):
+        report = Silent()
+        learn(model, photos, report, name="one", flags=flags, class_word=word, overwrite=True)
+        assert any("has no word for" in notice for notice in report.notices) == warned, word
+
+
 def test_a_prior_of_no_weight_is_no_prior(model: Path, photos: Path) -> None:
     flags = {"steps": 3, "sample_every": 0}
     none = learn(model, photos, flags={**flags, "prior": "none"}, name="none")
