@@ -3,8 +3,8 @@
 Source: INFINITY_FORMAT section 3 (bsq_vae/vae.py, conv.py), GroupNorm variant without attention. Modules carry the
 plain LDM names (`encoder.down.0.block.0.conv1.weight`); infinity_weights.py maps the published nested ones onto them.
 
-Without gradients on a CPU the pictures are laid out channels-last and frozen upsampling convolutions run on the small
-grid: the same numbers up to rounding in less time. Training keeps to the plain form, whose backward pass is
+Without gradients on a CPU the pictures are laid out channels-last and convolutions take fewer products
+(convolution.py): the same numbers up to rounding in less time. Training keeps to the plain form, whose backward pass is
 the faster one.
 """
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitgen_cli.config import TokenizerConfig
+from bitgen_cli.engine.convolution import Conv3, DoublingConv3, only_infers
 
 
 def group_norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
@@ -26,8 +27,7 @@ def group_norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
 
 def laid_out(x: Tensor) -> Tensor:
     """The picture, channels-last where that is faster: on a CPU without gradients. Convolutions keep the layout."""
-    inference = x.device.type == "cpu" and not torch.is_grad_enabled()
-    return x.contiguous(memory_format=torch.channels_last) if inference else x
+    return x.contiguous(memory_format=torch.channels_last) if only_infers(x) else x
 
 
 def norm_swish(x: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -41,9 +41,9 @@ class ResBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, config: TokenizerConfig) -> None:
         super().__init__()
         self.norm1 = group_norm(channels_in, config)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv1 = Conv3(channels_in, channels_out)
         self.norm2 = group_norm(channels_out, config)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv2 = Conv3(channels_out, channels_out)
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,41 +66,16 @@ class Downsample(nn.Module):
         return y
 
 
-def folded(weight: Tensor) -> Tensor:
-    """Weights (in, out, 4, 4) of the transposed convolution with stride 2 that equals nearest x2, then `weight`.
-
-    Of the nine pixels a 3x3 window covers after doubling only four differ, so 4 products do the work of 9.
-
-    Args:
-        weight: (out, in, 3, 3).
-    """
-    flipped = weight.float().flip(2, 3)
-    corners = [(left, 1 - left, top, 1 - top) for left in (0, 1) for top in (0, 1)]
-    spread = torch.stack([F.pad(flipped, corner) for corner in corners]).sum(0)
-    return spread.transpose(0, 1).to(weight.dtype).contiguous(memory_format=torch.channels_last)
-
-
 class Upsample(nn.Module):
     """Nearest neighbour x2, then 3x3."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self._folded: tuple[tuple[object, ...], Tensor] | None = None
+        self.conv = DoublingConv3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and not torch.is_grad_enabled() and not self.conv.weight.requires_grad:
-            return F.conv_transpose2d(x, self._folded_weight(), self.conv.bias, stride=2, padding=1)
-        y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        y: Tensor = self.conv(x)
         return y
-
-    def _folded_weight(self) -> Tensor:
-        """Folded once, and again when the weights have changed."""
-        weight = self.conv.weight
-        state = (weight.data_ptr(), weight._version, weight.dtype)
-        if self._folded is None or self._folded[0] != state:
-            self._folded = (state, folded(weight))
-        return self._folded[1]
 
 
 class Middle(nn.Module):

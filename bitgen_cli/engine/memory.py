@@ -30,6 +30,7 @@ from bitgen_cli.config import (
 )
 from bitgen_cli.engine import lora
 from bitgen_cli.engine.autoencoder import Decoder, Encoder
+from bitgen_cli.engine.convolution import LEAST_CHANNELS, LEAST_POSITIONS
 from bitgen_cli.engine.lora import LAYERS
 from bitgen_cli.engine.parts import is_trained
 from bitgen_cli.engine.scales import Schedule
@@ -211,7 +212,8 @@ def sampling_memory(
         kv_cache=per_position * schedule.positions,
         text_cache=per_position * geometry.text_length,
         transformer_work=last * (geometry.width * per_channel + 2 * geometry.ffn_width * number),
-        decoder_work=_decoder_peak(model.tokenizer, schedule) * number,  # pictures are decoded one at a time
+        # pictures are decoded one at a time
+        decoder_work=(_decoder_peak(model.tokenizer, schedule) + _derived(model.tokenizer, schedule, number)) * number,
     )
 
 
@@ -457,6 +459,16 @@ def _decoder_peak(config: TokenizerConfig, schedule: Schedule) -> int:
     """
     convs = _decoder_convs(config, schedule)
     return max(2 * (conv.before + conv.after) * conv.pixels + conv.held for conv in convs)
+
+
+def _derived(config: TokenizerConfig, schedule: Schedule, number: int) -> int:
+    """Numbers of the weights that a CPU decodes with in place of a convolution's own, and keeps beside those."""
+    total = 0
+    for conv in _decoder_convs(config, schedule)[1:-1]:
+        wide = min(conv.before, conv.after) >= LEAST_CHANNELS and conv.pixels >= LEAST_POSITIONS
+        if not conv.normed or (wide and number == FP32):
+            total += 16 * conv.before * conv.after
+    return total
 
 
 def _res_block(before: int, after: int, pixels: int) -> list[_Conv]:

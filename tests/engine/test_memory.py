@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bitgen_cli.config import Config, TextEncoderConfig
 from bitgen_cli.engine import lora, memory, pyramid
+from bitgen_cli.engine.convolution import Conv3, DoublingConv3
 from bitgen_cli.engine.losses import bit_loss, tokenizer_loss
 from bitgen_cli.engine.parts import is_trained
 from bitgen_cli.engine.scales import Schedule, schedule
@@ -171,6 +172,17 @@ def test_sampling_cache_is_that_of_the_engine() -> None:
     assert half.kv_cache * 2 == found.kv_cache
     assert half.weights * 2 == found.weights
     assert half.total < found.total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_derived_for_decoding_are_counted(dtype: torch.dtype) -> None:
+    config = config_of("model.tokenizer.base_channels=128", "model.tokenizer.channel_multipliers=[1,1,1,1]")
+    tokenizer = Tokenizer(config.model.tokenizer).requires_grad_(False).to(dtype)
+    with torch.inference_mode():
+        tokenizer.decode(torch.zeros(1, config.model.tokenizer.bits, 8, 8, dtype=dtype))
+    derived = [m.derived for m in tokenizer.autoencoder.decoder.modules() if isinstance(m, Conv3 | DoublingConv3)]
+    made = sum(weight.numel() for weight in derived if weight is not None)
+    assert memory._derived(config.model.tokenizer, square(config), dtype.itemsize) == made > 0
 
 
 def test_text_encoders_have_the_size_transformers_gives_them() -> None:
