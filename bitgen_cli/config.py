@@ -404,7 +404,7 @@ class SubjectTraining(LoopConfig):
     )
     token_learning_rate: PositiveFloat = Field(default=1e-3, description="the peak for the token's embedding")
     token_head_start: BelowOne = Field(
-        default=0.25,
+        default=0.1,
         description="share of the steps in which the token's embedding learns alone: what the model can already draw "
         "is then in the token, which prompts combine with anything, and the weights learn the rest",
     )
@@ -414,7 +414,7 @@ class SubjectTraining(LoopConfig):
     prior: Literal["images", "distill", "none"] = Field(
         default="images", description="what keeps the class: pictures of the base model, its bit distributions, nothing"
     )
-    prior_weight: NonNegativeFloat = Field(default=4.0, description="weight of the class's loss")
+    prior_weight: NonNegativeFloat = Field(default=2.0, description="weight of the class's loss")
     prior_targets: Literal["probabilities", "bits"] = Field(
         default="probabilities",
         description="what class pictures teach: how likely the base model finds each of their bits, or the bits "
@@ -454,6 +454,13 @@ class SubjectTraining(LoopConfig):
         default=0.25,
         description="share of class batches without captions, for which the base model's bit distributions are kept",
     )
+    other_prompts: list[str] = Field(
+        default=[],
+        description="prompts of other things than the class, whose bit distributions are kept as well; those that name "
+        "the class are left out",
+    )
+    other_images: PositiveInt = Field(default=64, description="samples of the base model of these")
+    other_share: Fraction = Field(default=0.25, description="share of class batches that they take the place of")
     unrelated_prompts: Annotated[list[str], Field(min_length=1)] = Field(
         default=[
             "a house in the snow",
@@ -487,6 +494,8 @@ class SubjectTraining(LoopConfig):
             wrong = [template for template in getattr(self, key) if field not in template]
             if wrong:
                 problems[key] = f"{wrong[0]!r} must contain {field}"
+        if self.other_prompts and self.caption_dropout + self.other_share > 1:
+            problems["other_share"] = "must leave something to the class: with caption_dropout it is more than 1"
         self._refuse(problems)
         return self
 

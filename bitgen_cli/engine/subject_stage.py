@@ -66,7 +66,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class ClassBits:
-    """Class samples of the base model as bits, with how sure it was of them.
+    """Samples of the base model as bits, of a class or of other things, with how sure it was of them.
 
     Attributes:
         bits: per scale (M, C, h, w) bool.
@@ -79,6 +79,23 @@ class ClassBits:
     margins: Tensor
     captions: tuple[str, ...]
     schedule: Schedule
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything a subject is learned from.
+
+    Attributes:
+        photos: views of the photos.
+        priors: class samples as pictures; empty for other kinds of prior.
+        distilled: class samples as bits, for `prior: distill`.
+        others: samples of other things, which are to stay what they are.
+    """
+
+    photos: Sequence[Lesson]
+    priors: Sequence[Lesson] = ()
+    distilled: ClassBits | None = None
+    others: ClassBits | None = None
 
 
 @dataclass(frozen=True)
@@ -110,9 +127,7 @@ class SubjectStage:
     Args:
         config: the whole configuration; its training.subject must be there.
         model: the base model with all parts; changed in place.
-        photos: views of the photos.
-        priors: class samples as pictures; empty for other kinds of prior.
-        distilled: class samples as bits, for `prior: distill`.
+        material: what is learned from.
         header: of the subject file; says token and class.
         probes: prompts to watch, of the names SUBJECT, CLASS and UNRELATED.
         device: where it is computed.
@@ -123,9 +138,7 @@ class SubjectStage:
         self,
         config: Config,
         model: Model,
-        photos: Sequence[Lesson],
-        priors: Sequence[Lesson],
-        distilled: ClassBits | None,
+        material: Material,
         header: Header,
         probes: Sequence[Probe],
         scales: Schedule,
@@ -143,7 +156,8 @@ class SubjectStage:
         self.header = header
         self.module = Taught(model.transformer.to(device), model.text_encoder.to(device))
         self._tokenizer = model.tokenizer
-        self._photos, self._priors, self._distilled = photos, priors, distilled
+        self._photos, self._priors, self._others = material.photos, material.priors, material.others
+        self._distilled = distilled = material.distilled
         self._probes = {probe.name: probe for probe in probes}
         self._scales = scales
         self._plan = plan(config.sampling, len(scales))
@@ -151,16 +165,16 @@ class SubjectStage:
         token_rate = training.token_learning_rate / training.optimizer.learning_rate
         self._start = training.first_whole_step
         self.paces: Mapping[str, Pace] = {ROWS: Pace(rate=token_rate), "": Pace(start=self._start)}
-        self.groups = grouped(range(len(photos)), lambda index: photos[index].schedule.ratio)
+        self.groups = grouped(range(len(self._photos)), lambda index: self._photos[index].schedule.ratio)
         self._of_prompt: dict[str, list[int]] = {}
-        prompts = [prior.captions[0] for prior in priors] if distilled is None else distilled.captions
+        prompts = [prior.captions[0] for prior in self._priors] if distilled is None else distilled.captions
         for index, prompt in enumerate(prompts):
             self._of_prompt.setdefault(_bare(header.token, prompt), []).append(index)
         self._features_of: dict[str, Tensor] = {}
         self._first: dict[str, tuple[Drawn, float]] = {}
         self._first_loss = 0.0
-        self._margins = None if distilled is None else distilled.margins
-        if priors and training.prior_targets == "probabilities":
+        self._margins: Tensor | None = None
+        if self._priors and training.prior_targets == "probabilities":
             self._margins = self._base_margins(captioned=True)
         if self._has_prior and training.caption_dropout > 0:
             self._null_margins = self._base_margins(captioned=False)
@@ -244,10 +258,14 @@ class SubjectStage:
         return _Batch(scales, targets, inputs, self._features(captions), None)
 
     def _class_batch(self, captions: Sequence[str], generator: torch.Generator) -> _Batch:
-        """A class sample for each photo's caption, now and then all without a caption of their own."""
+        """A class sample for each photo's caption; now and then all without a caption of their own, or other things."""
         chosen = [self._counterpart(caption, generator) for caption in captions]
-        if float(torch.rand((), generator=generator)) < self.training.caption_dropout:
+        kind = float(torch.rand((), generator=generator))
+        if kind < self.training.caption_dropout:
             return replace(self._without_captions(chosen), margins=self._null_margins[chosen].to(self.device))
+        if self._others is not None and kind >= 1 - self.training.other_share:
+            count = len(self._others.captions)
+            return self._bits_batch(self._others, torch.randint(count, (len(chosen),), generator=generator).tolist())
         return self._class_samples(chosen, generator)
 
     def _counterpart(self, caption: str, generator: torch.Generator) -> int:
@@ -265,19 +283,21 @@ class SubjectStage:
 
     def _class_samples(self, chosen: Sequence[int], generator: torch.Generator | None) -> _Batch:
         """Class samples with their captions; only those that are learned from as photos are get flipped bits."""
-        kept = self._distilled
-        if kept is None:
-            lessons = [self._priors[index] for index in chosen]
-            captions = [lesson.captions[0] for lesson in lessons]
-            batch = self._subject_batch(lessons, captions, generator if self._margins is None else None)
-        else:
-            bits = [scale[list(chosen)].to(self.device) for scale in kept.bits]
-            targets, inputs = as_positions(bits, pyramid.inputs_from_bits(bits, kept.schedule), kept.schedule)
-            text = self._features([kept.captions[index] for index in chosen])
-            batch = _Batch(kept.schedule, targets, inputs, text, None)
+        if self._distilled is not None:
+            return self._bits_batch(self._distilled, chosen)
+        lessons = [self._priors[index] for index in chosen]
+        captions = [lesson.captions[0] for lesson in lessons]
         if self._margins is None:
-            return batch
+            return self._subject_batch(lessons, captions, generator)
+        batch = self._subject_batch(lessons, captions, None)
         return replace(batch, margins=self._margins[list(chosen)].to(self.device))
+
+    def _bits_batch(self, samples: ClassBits, chosen: Sequence[int]) -> _Batch:
+        """Samples that are there as bits, with what the base model finds likely."""
+        bits = [scale[list(chosen)].to(self.device) for scale in samples.bits]
+        targets, inputs = as_positions(bits, pyramid.inputs_from_bits(bits, samples.schedule), samples.schedule)
+        text = self._features([samples.captions[index] for index in chosen])
+        return _Batch(samples.schedule, targets, inputs, text, samples.margins[list(chosen)].to(self.device))
 
     def _without_captions(self, chosen: Sequence[int]) -> _Batch:
         """Class samples with the unconditional prompt."""
@@ -538,7 +558,7 @@ def class_bits(
     task: Task,
     at_once: int = AT_ONCE,
 ) -> ClassBits:
-    """Class samples of a model as bits, drawn with seeds seed, seed + 1 ..., with its own certainty of each bit."""
+    """Samples of a model as bits, drawn with seeds seed, seed + 1 ..., with its own certainty of each bit."""
     assert model.transformer is not None
     assert model.text_encoder is not None
     parts, margins = [], []

@@ -52,6 +52,7 @@ from bitgen_cli.engine.subject_stage import (
     UNRELATED,
     ClassBits,
     Lesson,
+    Material,
     Probe,
     SubjectStage,
     class_bits,
@@ -69,6 +70,8 @@ from bitgen_cli.runs.train import TrainResult, fit, prepare_device
 
 VERB = "finetune-subject"
 LESSONS, CAPTIONS = "lessons.safetensors", "lessons.json"
+LESSON_PARTS, BITS_PARTS = ("photos", "priors"), ("distilled", "others")
+"""Fields of Material that are kept as pictures' latents, and as bits."""
 FEW = 3
 """Fewer photos than this are warned of."""
 LEAK = 0.5
@@ -187,6 +190,8 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
         report.notice("captions longer than the text encoder takes are cut")
     at_once = _check_memory(resolved.config, model, lessons, device, report)
     priors, distilled = _class_samples(options, header, model, resolved.config, device, at_once, report)
+    others = _other_samples(header, model, resolved.config, at_once, report)
+    material = Material(lessons, priors, distilled, others)
     run.create(
         {
             "verb": VERB,
@@ -199,8 +204,8 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
             "merge": None if options.merge is None else str(options.merge.expanduser().resolve()),
         }
     )
-    _save_lessons(run, lessons, priors, distilled)
-    stage = _stage(resolved.config, model, lessons, priors, distilled, header, device, at_once)
+    _save_material(run, material)
+    stage = _stage(resolved.config, model, material, header, device, at_once)
     trained = fit(SUBJECT, stage, resolved.config, run, _WatchesClass(report, header), device, started)
     return _finish(name, header, run, trained, model, options.merge, report, started, replace=True)
 
@@ -234,8 +239,7 @@ def resume_subject(
     if model.fingerprints != header.base:
         raise InputError(f"the base model {base} has changed since {run.path} was begun", "learn the subject again")
     _learn_token(model, header)
-    photos, priors, distilled = _load_lessons(run, model, config)
-    stage = _stage(config, model, photos, priors, distilled, header, where, at_once)
+    stage = _stage(config, model, _load_material(run, model, config), header, where, at_once)
     if steps is not None:
         stored = {"config": config.model_dump(mode="json"), "header": header.model_dump(mode="json")}
         run.describe({**description, **stored})
@@ -429,6 +433,18 @@ def _class_samples(
     return [Lesson(latent, (prior.prompt,), scales) for latent, prior in zip(latents, found, strict=True)], None
 
 
+def _other_samples(header: Header, model: Model, config: Config, at_once: int, report: Report) -> ClassBits | None:
+    """What keeps other things than the class, as the base model draws them."""
+    training = _training(config)
+    prompts = _without_class(training.other_prompts, header.class_word)
+    if not training.keeps_class or not prompts or training.other_share == 0:
+        return None
+    scales = _schedule(model, training, 1.0)
+    wanted, steps = _repeated(prompts, training.other_images), plan(config.sampling, len(scales))
+    with report.task("drawing other things", len(wanted)) as task:
+        return class_bits(model, wanted, scales, steps, training.seed, task, at_once)
+
+
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
@@ -551,9 +567,7 @@ def _cut(model: Model, caption: str) -> bool:
 def _stage(
     config: Config,
     model: Model,
-    photos: Sequence[Lesson],
-    priors: Sequence[Lesson],
-    distilled: ClassBits | None,
+    material: Material,
     header: Header,
     device: torch.device,
     at_once: int,
@@ -567,7 +581,7 @@ def _stage(
         Probe(UNRELATED, _unrelated(training, header.class_word)),
     ]
     scales = _schedule(model, training, 1.0)
-    return SubjectStage(config, model, photos, priors, distilled, header, probes, scales, device, at_once)
+    return SubjectStage(config, model, material, header, probes, scales, device, at_once)
 
 
 class _WatchesClass:
@@ -599,9 +613,13 @@ def _probe(training: SubjectTraining, thing: str) -> tuple[str, ...]:
 
 def _unrelated(training: SubjectTraining, class_word: str) -> tuple[str, ...]:
     """The unrelated prompts but those that name the class."""
-    word = re.compile(rf"(?<!\w){re.escape(class_word)}(?!\w)", re.IGNORECASE)
-    others = [prompt for prompt in training.unrelated_prompts if not word.search(prompt)]
+    others = _without_class(training.unrelated_prompts, class_word)
     return _repeated(others or training.unrelated_prompts, training.validation_images)
+
+
+def _without_class(prompts: Sequence[str], class_word: str) -> list[str]:
+    word = re.compile(rf"(?<!\w){re.escape(class_word)}(?!\w)", re.IGNORECASE)
+    return [prompt for prompt in prompts if not word.search(prompt)]
 
 
 def _repeated(prompts: Sequence[str], count: int) -> tuple[str, ...]:
@@ -609,20 +627,20 @@ def _repeated(prompts: Sequence[str], count: int) -> tuple[str, ...]:
     return tuple(prompts[i % len(prompts)] for i in range(max(1, count)))
 
 
-def _save_lessons(
-    run: RunFolder, photos: Sequence[Lesson], priors: Sequence[Lesson], distilled: ClassBits | None
-) -> None:
+def _save_material(run: RunFolder, material: Material) -> None:
     """Keeps what is learned from in the run folder, so that resuming needs neither photos nor class pictures."""
-    tensors = {f"photo.{i}": lesson.latent for i, lesson in enumerate(photos)}
-    tensors |= {f"prior.{i}": lesson.latent for i, lesson in enumerate(priors)}
-    captions: dict[str, Any] = {
-        "photos": [{"captions": lesson.captions, "ratio": lesson.schedule.ratio} for lesson in photos],
-        "priors": [{"captions": lesson.captions, "ratio": lesson.schedule.ratio} for lesson in priors],
-        "distilled": None,
-    }
-    if distilled is not None:
-        tensors |= {f"bits.{k}": bits for k, bits in enumerate(distilled.bits)} | {"margins": distilled.margins}
-        captions["distilled"] = distilled.captions
+    tensors: dict[str, Tensor] = {}
+    captions: dict[str, Any] = {}
+    for part in LESSON_PARTS:
+        lessons: Sequence[Lesson] = getattr(material, part)
+        tensors |= {f"{part}.{i}": lesson.latent for i, lesson in enumerate(lessons)}
+        captions[part] = [{"captions": lesson.captions, "ratio": lesson.schedule.ratio} for lesson in lessons]
+    for part in BITS_PARTS:
+        samples: ClassBits | None = getattr(material, part)
+        captions[part] = None if samples is None else samples.captions
+        if samples is not None:
+            tensors |= {f"{part}.bits.{k}": bits for k, bits in enumerate(samples.bits)}
+            tensors[f"{part}.margins"] = samples.margins
     try:
         run.start.mkdir(exist_ok=True)
     except OSError as error:
@@ -632,23 +650,27 @@ def _save_lessons(
     write_json(run.start / CAPTIONS, captions)
 
 
-def _load_lessons(run: RunFolder, model: Model, config: Config) -> tuple[list[Lesson], list[Lesson], ClassBits | None]:
+def _load_material(run: RunFolder, model: Model, config: Config) -> Material:
     stored, training = read_json(run.start / CAPTIONS), _training(config)
     file = run.start / LESSONS
+
+    def lessons(part: str) -> list[Lesson]:
+        rows = enumerate(stored[part])
+        return [
+            Lesson(tensors[f"{part}.{i}"], tuple(row["captions"]), _schedule(model, training, float(row["ratio"])))
+            for i, row in rows
+        ]
+
+    def samples(part: str) -> ClassBits | None:
+        if stored[part] is None:
+            return None
+        scales = _schedule(model, training, 1.0)
+        bits = [tensors[f"{part}.bits.{k}"] for k in range(len(scales))]
+        return ClassBits(bits, tensors[f"{part}.margins"], tuple(stored[part]), scales)
+
     try:
         tensors = load_file(file)
-        found = {
-            part: [
-                Lesson(tensors[f"{part}.{i}"], tuple(row["captions"]), _schedule(model, training, float(row["ratio"])))
-                for i, row in enumerate(stored[f"{part}s"])
-            ]
-            for part in ("photo", "prior")
-        }
-        if stored["distilled"] is None:
-            return found["photo"], found["prior"], None
-        scales = _schedule(model, training, 1.0)
-        bits = [tensors[f"bits.{k}"] for k in range(len(scales))]
-        return found["photo"], found["prior"], ClassBits(bits, tensors["margins"], tuple(stored["distilled"]), scales)
+        return Material(lessons("photos"), lessons("priors"), samples("distilled"), samples("others"))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{run.start} does not hold what the run learns from: {error}") from error
     except OSError as error:

@@ -50,6 +50,9 @@ FLAGS: dict[str, Any] = {
     "prior_images": 4,
     "views": 2,
     "lora_rank": 2,
+    "token_head_start": 0.2,
+    "other_prompts": ["a house", "a red dog", "a car"],
+    "other_images": 3,
 }
 
 
@@ -230,6 +233,24 @@ def test_the_token_alone_needs_no_class_pictures(model: Path, photos: Path, home
     assert not (home / "priors").exists()
     other = learn(model, photos, name="none", flags={**flags, "prior": "none"})
     assert all(torch.equal(load_file(one.file)[name], load_file(other.file)[name]) for name in (ROW, START))
+
+
+def test_other_things_are_kept_too(model: Path, photos: Path) -> None:
+    """Samples of other prompts take their share of the class's batches; prompts that name the class are the class's."""
+
+    def others(result: SubjectResult) -> Any:
+        return json.loads((result.run / "start" / "lessons.json").read_text())["others"]
+
+    flags = {"sample_every": 0, "validate_every": 100, "caption_dropout": 0.25}
+    kept = learn(model, photos, name="kept", flags={**flags, "other_share": 0.5})
+    assert others(kept) == ["a house", "a car", "a house"]
+    without = learn(model, photos, name="without", flags={**flags, "other_prompts": []})
+    assert others(without) is None
+    assert others(learn(model, photos, name="none", flags={**flags, "prior": "none"})) is None
+    one, other = load_file(kept.file), load_file(without.file)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(ConfigError, match="other_share"):
+        learn(model, photos, name="all", flags={**flags, "other_share": 0.9})
 
 
 def test_a_class_in_letters_that_the_model_never_saw_is_warned_of(model: Path, photos: Path) -> None:
@@ -526,7 +547,7 @@ def test_photos_without_captions_get_the_likeliest_prompt(model: Path, photos: P
     assert base.text_encoder is not None
     prompts = [template.replace("{subject}", "dog") for template in templates]
     scales = schedule(base.config.scales, patchify=False, ratio=1.0)
-    latent = load_file(result.run / "start" / "lessons.safetensors")["photo.0"]
+    latent = load_file(result.run / "start" / "lessons.safetensors")["photos.0"]
     assert prompts[likeliest(base, latent, prompts, scales, torch.device("cpu"))] == chosen[0].replace("[V] ", "")
     orders = [likeliest(base, latent, order, scales, torch.device("cpu")) for order in (prompts, prompts[::-1])]
     assert orders[0] == 2 - orders[1], "whatever their order"
