@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from bitgen_cli import __version__
 from bitgen_cli.config import Config, SubjectTraining
 from bitgen_cli.engine.checkpoint import RunFolder
-from bitgen_cli.engine.data import SUFFIXES, load_picture, to_float, to_tensor
+from bitgen_cli.engine.data import load_picture
 from bitgen_cli.engine.device import DTYPES, bf16_is_fast, free_memory
 from bitgen_cli.engine.memory import BYTES, TrainingMemory, parameters, sampling_memory, subject_training_memory
 from bitgen_cli.engine.model_folder import (
@@ -33,8 +27,6 @@ from bitgen_cli.engine.model_folder import (
     save_model,
 )
 from bitgen_cli.engine.parts import kind_of
-from bitgen_cli.engine.sampling import plan
-from bitgen_cli.engine.scales import Schedule, nearest_ratio, schedule
 from bitgen_cli.engine.subject import (
     Header,
     Subject,
@@ -50,34 +42,35 @@ from bitgen_cli.engine.subject_stage import (
     CLASS,
     SUBJECT,
     UNRELATED,
-    ClassBits,
     Lesson,
     Material,
     Probe,
     SubjectStage,
-    class_bits,
-    likeliest,
 )
-from bitgen_cli.engine.tensors import save_tensors, stored_dtype
-from bitgen_cli.engine.tokenizer import Tokenizer
+from bitgen_cli.engine.tensors import stored_dtype
 from bitgen_cli.errors import InputError, ResourceError, UsageError
-from bitgen_cli.files import atomic_path, explain, read_json, write_json
+from bitgen_cli.files import atomic_path
 from bitgen_cli.presets import DEFAULT, Resolved
 from bitgen_cli.report import Report
-from bitgen_cli.runs.gen_priors import PriorOptions, check_class, gen_priors, read_priors, with_article
+from bitgen_cli.runs.gen_priors import check_class, with_article
 from bitgen_cli.runs.recipes import subject_recipe
+from bitgen_cli.runs.subject_material import (
+    class_samples,
+    find_photos,
+    in_turn,
+    load_material,
+    other_samples,
+    photo_lessons,
+    recipe_of,
+    save_material,
+    schedule_of,
+    without_class,
+)
 from bitgen_cli.runs.train import TrainResult, fit, prepare_device
 
 VERB = "finetune-subject"
-LESSONS, CAPTIONS = "lessons.safetensors", "lessons.json"
-LESSON_PARTS, BITS_PARTS = ("photos", "priors"), ("distilled", "others")
-"""Fields of Material that are kept as pictures' latents, and as bits."""
-FEW = 3
-"""Fewer photos than this are warned of."""
 LEAK = 0.5
 """When more than this of what was learned is there without the token too, the class turns into the subject."""
-MANY = 64
-"""More photos than this are no few photos any more, but a data set."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +169,7 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
     photos = [load_picture(file) for file in files]
     folder = find_model(options.model)
     resolved = _resolve(options, Model(folder, *read_model_config(folder)), device)
-    training = _training(resolved.config)
+    training = recipe_of(resolved.config)
     model = _whole_model(folder, options.model, device, training.precision)
     assert model.text_encoder is not None
     check_token(options.token, model.text_encoder)
@@ -185,12 +178,14 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
     if model.text_encoder.has_no_word_for(class_word):
         report.warning(f"the model's text encoder has no word for {class_word!r}; a class that it knows teaches better")
     _learn_token(model, header)
-    lessons = _photo_lessons(photos, files, header, model, training, device)
+    lessons = photo_lessons(photos, files, header, model, training, device)
     if any(_cut(model, caption) for lesson in lessons for caption in lesson.captions):
         report.notice("captions longer than the text encoder takes are cut")
     at_once = _check_memory(resolved.config, model, lessons, device, report)
-    priors, distilled = _class_samples(options, header, model, resolved.config, device, at_once, report)
-    others = _other_samples(header, model, resolved.config, at_once, report)
+    priors, distilled = class_samples(
+        header, model, resolved.config, device, at_once, report, base=options.model, folder=options.priors
+    )
+    others = other_samples(header, model, resolved.config, at_once, report)
     material = Material(lessons, priors, distilled, others)
     run.create(
         {
@@ -204,7 +199,7 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
             "merge": None if options.merge is None else str(options.merge.expanduser().resolve()),
         }
     )
-    _save_material(run, material)
+    save_material(run, material)
     stage = _stage(resolved.config, model, material, header, device, at_once)
     trained = fit(SUBJECT, stage, resolved.config, run, _WatchesClass(report, header), device, started)
     return _finish(name, header, run, trained, model, options.merge, report, started, replace=True)
@@ -226,7 +221,7 @@ def resume_subject(
         config = Config.model_validate(description["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file} does not describe a training: {error}") from error
-    training = _training(config)
+    training = recipe_of(config)
     if steps is not None:
         training = training.model_copy(update={"steps": training.steps + steps})
         config = config.model_copy(update={"training": config.training.model_copy(update={"subject": training})})
@@ -239,7 +234,7 @@ def resume_subject(
     if model.fingerprints != header.base:
         raise InputError(f"the base model {base} has changed since {run.path} was begun", "learn the subject again")
     _learn_token(model, header)
-    stage = _stage(config, model, _load_material(run, model, config), header, where, at_once)
+    stage = _stage(config, model, load_material(run, model, config), header, where, at_once)
     if steps is not None:
         stored = {"config": config.model_dump(mode="json"), "header": header.model_dump(mode="json")}
         run.describe({**description, **stored})
@@ -265,186 +260,6 @@ def merge_subject(name: str, base: str, out: Path, report: Report) -> Path:
     return _merge(subject, model, out, report)
 
 
-# -- photos ------------------------------------------------------------------------------------------------------------
-
-
-def find_photos(place: Path, report: Report) -> list[Path]:
-    """The photos of a folder, by name; what else lies there is named.
-
-    Raises:
-        InputError: no such folder, or no photos in it.
-        UsageError: far too many.
-    """
-    place = place.expanduser()
-    if place.is_file():
-        found, others = [place], []
-    elif place.is_dir():
-        try:
-            entries = sorted(entry for entry in place.iterdir() if not entry.name.startswith("."))
-        except OSError as error:
-            raise explain(error, place, "read") from error
-        found = [entry for entry in entries if entry.is_file() and entry.name.lower().endswith(SUFFIXES)]
-        captions = {entry.with_suffix(".txt") for entry in found}
-        others = [entry.name for entry in entries if entry not in found and entry not in captions]
-    else:
-        raise InputError(f"no photos at {place}: it does not exist", "give the folder of 3 to 5 photos")
-    if others:
-        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        report.notice(f"not photos, left out: {shown}")
-    if not found:
-        raise InputError(f"no photos in {place}", f"looked for {', '.join(SUFFIXES)}")
-    if len(found) > MANY:
-        raise UsageError(f"{len(found)} photos in {place}: at most {MANY}", "3 to 5 good ones teach a subject best")
-    if len(found) < FEW:
-        count = "only 1 photo" if len(found) == 1 else f"only {len(found)} photos"
-        report.warning(f"{count}: 3 to 5 on different grounds teach better")
-    return found
-
-
-def _captions(file: Path, header: Header, training: SubjectTraining) -> tuple[str, ...]:
-    """What a photo may be called: its own caption, else the templates.
-
-    In a caption that says neither {subject} nor the token, the class word stands for the subject; where that is missing
-    too, the subject is put before it.
-    """
-    subject = f"{header.token} {header.class_word}"
-    own = file.with_suffix(".txt")
-    if own.is_file():
-        try:
-            text = " ".join(own.read_text(encoding="utf-8-sig").split())
-        except OSError as error:
-            raise explain(error, own, "read") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"{own} is not UTF-8 text", "save it as UTF-8") from error
-        if "{subject}" not in text and header.token not in text:
-            word = re.compile(rf"(?<!\w){re.escape(header.class_word)}(?!\w)", re.IGNORECASE)
-            text = word.sub("{subject}", text, count=1) if word.search(text) else f"{{subject}}, {text}".rstrip(", ")
-        return (text.replace("{subject}", subject),)
-    return tuple(template.replace("{subject}", subject) for template in training.photo_templates)
-
-
-def views(photo: Image.Image, size: tuple[int, int], training: SubjectTraining, number: int) -> list[Tensor]:
-    """Crops of a photo as (3, h, w) uint8 of the size (h, w); the first is the largest one at the centre.
-
-    Args:
-        photo: RGB, upright.
-        size: of the crops.
-        training: how many, how much smaller, and whether half of them are mirrored.
-        number: of the photo: decides the crops together with the recipe's seed.
-    """
-    rng = random.Random(f"{training.seed}:{number}")
-    height, width = size
-    whole = min(photo.width / width, photo.height / height)
-    left, top = (photo.width - whole * width) / 2, (photo.height - whole * height) / 2
-    found = []
-    for index in range(training.views):
-        less = 0.0 if index == 0 else rng.uniform(0, training.crop)
-        x, y = rng.random() * less * whole * width, rng.random() * less * whole * height
-        side = whole * (1 - less)
-        box = (left + x, top + y, left + x + side * width, top + y + side * height)
-        crop = photo.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3])))
-        if training.flip and index % 2:
-            crop = ImageOps.mirror(crop)
-        found.append(to_tensor(crop, size))
-    return found
-
-
-def _photo_lessons(
-    photos: Sequence[Image.Image],
-    files: Sequence[Path],
-    header: Header,
-    model: Model,
-    training: SubjectTraining,
-    device: torch.device,
-) -> list[Lesson]:
-    lessons = []
-    for number, (photo, file) in enumerate(zip(photos, files, strict=True)):
-        scales = _schedule(model, training, photo.height / photo.width if training.buckets else 1.0)
-        crops = views(photo, scales.pixels(model.config.tokenizer.patch_size), training, number)
-        captions = _captions(file, header, training)
-        latents = _latents(torch.stack(crops), model, device)
-        if training.likely_captions and not file.with_suffix(".txt").is_file():
-            templates = [caption.replace("{subject}", "{class}") for caption in training.likely_captions]
-            known = [with_article(template, header.class_word) for template in templates]
-            chosen = templates[likeliest(model, latents[0], known, scales, device)]
-            captions = (with_article(chosen, f"{header.token} {header.class_word}"),) * len(captions) + captions
-        lessons += [Lesson(latent, captions, scales) for latent in latents]
-    return lessons
-
-
-@torch.inference_mode()
-def _latents(pixels: Tensor, model: Model, device: torch.device) -> Tensor:
-    """(M, C, H, W) of pictures (M, 3, h, w) uint8, on the CPU, a few at a time."""
-    assert isinstance(model.tokenizer, Tokenizer)
-    tokenizer = model.tokenizer.to(device)
-    dtype = next(tokenizer.parameters()).dtype
-    found = [tokenizer.latent(to_float(part.to(device)).to(dtype)).float().cpu() for part in torch.split(pixels, 4)]
-    return torch.cat(found).clone()
-
-
-def _schedule(model: Model, training: SubjectTraining, ratio: float) -> Schedule:
-    scales, nearest = model.config.scales, nearest_ratio(ratio, model.config.scales)
-    patchify = model.config.transformer.patchify
-    return schedule(scales, patchify=patchify, ratio=nearest, resolution=training.resolution)
-
-
-# -- class samples -----------------------------------------------------------------------------------------------------
-
-
-def _class_samples(
-    options: SubjectOptions,
-    header: Header,
-    model: Model,
-    config: Config,
-    device: torch.device,
-    at_once: int,
-    report: Report,
-) -> tuple[list[Lesson], ClassBits | None]:
-    """What keeps the class: pictures that the base model made or the user has, or the base model's own bits."""
-    training = _training(config)
-    if not training.keeps_class:
-        return [], None
-    scales = _schedule(model, training, 1.0)
-    prompts = [with_article(template, header.class_word) for template in training.prior_templates]
-    if training.prior == "distill":
-        wanted = [prompts[i % len(prompts)] for i in range(training.prior_images)]
-        steps = plan(config.sampling, len(scales))
-        with report.task("drawing class samples", len(wanted)) as task:
-            return [], class_bits(model, wanted, scales, steps, training.seed, task, at_once)
-    made = gen_priors(
-        PriorOptions(
-            class_word=header.class_word,
-            count=training.prior_images,
-            model=options.model,
-            output=options.priors,
-            templates=tuple(training.prior_templates),
-            resolution=training.resolution,
-            batch_size=at_once,
-            sampling=config.sampling,
-            device=options.device,
-        ),
-        report,
-        model,
-    )
-    found = read_priors(made.folder, header.class_word, model.fingerprints)
-    size = scales.pixels(model.config.tokenizer.patch_size)
-    pixels = torch.stack([to_tensor(load_picture(prior.file), size) for prior in found])
-    latents = _latents(pixels, model, device)
-    return [Lesson(latent, (prior.prompt,), scales) for latent, prior in zip(latents, found, strict=True)], None
-
-
-def _other_samples(header: Header, model: Model, config: Config, at_once: int, report: Report) -> ClassBits | None:
-    """What keeps other things than the class, as the base model draws them."""
-    training = _training(config)
-    prompts = _without_class(training.other_prompts, header.class_word)
-    if not training.keeps_class or not prompts or training.other_share == 0:
-        return None
-    scales = _schedule(model, training, 1.0)
-    wanted, steps = _repeated(prompts, training.other_images), plan(config.sampling, len(scales))
-    with report.task("drawing other things", len(wanted)) as task:
-        return class_bits(model, wanted, scales, steps, training.seed, task, at_once)
-
-
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
@@ -468,17 +283,10 @@ def _resolve(options: SubjectOptions, model: Model, device: torch.device) -> Res
     )
     if resolved.origins["training.subject.precision"] != DEFAULT or not bf16_is_fast(device):
         return resolved
-    training = _training(resolved.config).model_copy(update={"precision": "bf16"})
+    training = recipe_of(resolved.config).model_copy(update={"precision": "bf16"})
     stages = resolved.config.training.model_copy(update={SUBJECT: training})
     config = resolved.config.model_copy(update={"training": stages})
     return Resolved(config, {**resolved.origins, "training.subject.precision": f"device {device.type}"})
-
-
-def _training(config: Config) -> SubjectTraining:
-    training = config.training.subject
-    if training is None:
-        raise InputError(f"{config.name} has no recipe for subjects")
-    return training
 
 
 CHOICES = ("token", "token,lora", "token,cross,ffn", "all")
@@ -493,7 +301,7 @@ def _check_memory(
     Raises:
         ResourceError: more than the device has.
     """
-    training = _training(config)
+    training = recipe_of(config)
     assert model.text_encoder is not None
     counts = parameters(config.model)
     captions = {caption for lesson in lessons for caption in lesson.captions}
@@ -540,7 +348,7 @@ def _size(number: int) -> str:
 def _header(
     options: SubjectOptions, class_word: str, model: Model, config: Config, files: Sequence[Path]
 ) -> Header:
-    training = _training(config)
+    training = recipe_of(config)
     recipe = training.model_dump(mode="json")
     return Header(
         token=options.token,
@@ -572,7 +380,7 @@ def _stage(
     device: torch.device,
     at_once: int,
 ) -> SubjectStage:
-    training = _training(config)
+    training = recipe_of(config)
     if model.tokenizer is not None:
         model.tokenizer.to("cpu")  # on the device for picture grids alone
     probes = [
@@ -580,7 +388,7 @@ def _stage(
         Probe(CLASS, _probe(training, header.class_word)),
         Probe(UNRELATED, _unrelated(training, header.class_word)),
     ]
-    scales = _schedule(model, training, 1.0)
+    scales = schedule_of(model, training, 1.0)
     return SubjectStage(config, model, material, header, probes, scales, device, at_once)
 
 
@@ -608,73 +416,13 @@ PLACES = ("", " on the moon", " on the beach", " in the snow")
 
 
 def _probe(training: SubjectTraining, thing: str) -> tuple[str, ...]:
-    return _repeated([with_article("a {class}", thing) + place for place in PLACES], training.validation_images)
+    return in_turn([with_article("a {class}", thing) + place for place in PLACES], training.validation_images)
 
 
 def _unrelated(training: SubjectTraining, class_word: str) -> tuple[str, ...]:
     """The unrelated prompts but those that name the class."""
-    others = _without_class(training.unrelated_prompts, class_word)
-    return _repeated(others or training.unrelated_prompts, training.validation_images)
-
-
-def _without_class(prompts: Sequence[str], class_word: str) -> list[str]:
-    word = re.compile(rf"(?<!\w){re.escape(class_word)}(?!\w)", re.IGNORECASE)
-    return [prompt for prompt in prompts if not word.search(prompt)]
-
-
-def _repeated(prompts: Sequence[str], count: int) -> tuple[str, ...]:
-    """At least one, at most `count` prompts, in turn."""
-    return tuple(prompts[i % len(prompts)] for i in range(max(1, count)))
-
-
-def _save_material(run: RunFolder, material: Material) -> None:
-    """Keeps what is learned from in the run folder, so that resuming needs neither photos nor class pictures."""
-    tensors: dict[str, Tensor] = {}
-    captions: dict[str, Any] = {}
-    for part in LESSON_PARTS:
-        lessons: Sequence[Lesson] = getattr(material, part)
-        tensors |= {f"{part}.{i}": lesson.latent for i, lesson in enumerate(lessons)}
-        captions[part] = [{"captions": lesson.captions, "ratio": lesson.schedule.ratio} for lesson in lessons]
-    for part in BITS_PARTS:
-        samples: ClassBits | None = getattr(material, part)
-        captions[part] = None if samples is None else samples.captions
-        if samples is not None:
-            tensors |= {f"{part}.bits.{k}": bits for k, bits in enumerate(samples.bits)}
-            tensors[f"{part}.margins"] = samples.margins
-    try:
-        run.start.mkdir(exist_ok=True)
-    except OSError as error:
-        raise explain(error, run.start, "create") from error
-    with atomic_path(run.start / LESSONS) as temporary:
-        save_tensors(tensors, temporary)
-    write_json(run.start / CAPTIONS, captions)
-
-
-def _load_material(run: RunFolder, model: Model, config: Config) -> Material:
-    stored, training = read_json(run.start / CAPTIONS), _training(config)
-    file = run.start / LESSONS
-
-    def lessons(part: str) -> list[Lesson]:
-        rows = enumerate(stored[part])
-        return [
-            Lesson(tensors[f"{part}.{i}"], tuple(row["captions"]), _schedule(model, training, float(row["ratio"])))
-            for i, row in rows
-        ]
-
-    def samples(part: str) -> ClassBits | None:
-        if stored[part] is None:
-            return None
-        scales = _schedule(model, training, 1.0)
-        bits = [tensors[f"{part}.bits.{k}"] for k in range(len(scales))]
-        return ClassBits(bits, tensors[f"{part}.margins"], tuple(stored[part]), scales)
-
-    try:
-        tensors = load_file(file)
-        return Material(lessons("photos"), lessons("priors"), samples("distilled"), samples("others"))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{run.start} does not hold what the run learns from: {error}") from error
-    except OSError as error:
-        raise explain(error, file, "read") from error
+    others = without_class(training.unrelated_prompts, class_word)
+    return in_turn(others or training.unrelated_prompts, training.validation_images)
 
 
 def _finish(

@@ -30,12 +30,12 @@ from bitgen_cli.runs.finetune_subject import (
     _whole_model,
     finetune_subject,
     merge_subject,
-    views,
 )
 from bitgen_cli.runs.gen_priors import PriorOptions, gen_priors, read_manifest
 from bitgen_cli.runs.inspect_config import InspectOptions, inspect
 from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.sample import SampledPicture, SampleOptions, sample
+from bitgen_cli.runs.subject_material import views
 
 FLAGS: dict[str, Any] = {
     "steps": 6,
