@@ -126,23 +126,27 @@ def plain_activation(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     return F.silu(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
 
 
+def plain_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    return F.conv2d(x, conv.weight, conv.bias, padding=1)
+
+
 def plain_residual(x: Tensor, block: autoencoder.ResBlock) -> Tensor:
-    h = block.conv1(plain_activation(x, block.norm1))
-    h = block.conv2(plain_activation(h, block.norm2))
+    h = plain_conv(plain_activation(x, block.norm1), block.conv1)
+    h = plain_conv(plain_activation(h, block.norm2), block.conv2)
     return (x if block.nin_shortcut is None else block.nin_shortcut(x)) + h
 
 
 @torch.no_grad()
 def plain_decode(decoder: autoencoder.Decoder, total: Tensor) -> Tensor:
-    x = decoder.conv_in(total)
+    x = plain_conv(total, decoder.conv_in)
     x = plain_residual(plain_residual(x, decoder.mid.block_1), decoder.mid.block_2)
     for level in reversed(decoder.up):
         level = cast(autoencoder.DecoderLevel, level)
         for block in level.block:
             x = plain_residual(x, cast(autoencoder.ResBlock, block))
         if level.upsample is not None:
-            x = level.upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-    image: Tensor = decoder.conv_out(plain_activation(x, decoder.norm_out))
+            x = plain_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"), level.upsample.conv)
+    image = plain_conv(plain_activation(x, decoder.norm_out), decoder.conv_out)
     return image.clamp(-1, 1)
 
 
