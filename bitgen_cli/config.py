@@ -412,13 +412,14 @@ class SubjectTraining(LoopConfig):
     lora_alpha: PositiveFloat = Field(default=16.0, description="the adapter is scaled by lora_alpha / lora_rank")
     lora_layers: Annotated[list[LoraLayer], Field(min_length=1)] = Field(default=["cross", "ffn"])
     prior: Literal["images", "distill", "none"] = Field(
-        default="images", description="what keeps the class: pictures of the base model, its bit distributions, nothing"
+        default="images",
+        description="what keeps the class: pictures by the base model, samples of it that stay bits, nothing",
     )
     prior_weight: NonNegativeFloat = Field(default=2.0, description="weight of the class's loss")
     prior_targets: Literal["probabilities", "bits"] = Field(
         default="probabilities",
-        description="what class pictures teach: how likely the base model finds each of their bits, or the bits "
-        "themselves as in DreamBooth, which keeps less of the class's variety",
+        description="what the pictures of prior images teach: how likely the base model finds each of their bits, or "
+        "the bits themselves as in DreamBooth, which keeps less of the class's variety",
     )
     prior_images: PositiveInt = Field(default=64, description="class samples of the base model")
     photo_templates: Annotated[list[str], Field(min_length=1)] = Field(

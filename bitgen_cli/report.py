@@ -38,7 +38,7 @@ class Report(Protocol):
         """Show the newest measurements of a training run.
 
         Keys are those of metrics.jsonl: `loss`, `bit_accuracy/0` ... one per scale, `images_per_second`,
-        `learning_rate`, `seconds_left`.
+        `learning_rate` (of the schedule; parts may have a pace of their own), `seconds_left`.
         """
 
 

@@ -12,6 +12,7 @@ was measured on a GPU. Prompts are taken to be as long as the model allows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -167,6 +168,7 @@ class SamplingMemory:
 
     Attributes:
         weights: of all parts.
+        derived: weights that a CPU decodes with in place of some convolutions' own (convolution.py); a GPU makes none.
         kv_cache: keys and values of all positions, conditional and unconditional.
         text_cache: keys and values of the prompts in every block.
         transformer_work: what a step of the last scale holds at its peak.
@@ -174,6 +176,7 @@ class SamplingMemory:
     """
 
     weights: int
+    derived: int
     kv_cache: int
     text_cache: int
     transformer_work: int
@@ -182,7 +185,8 @@ class SamplingMemory:
     @property
     def total(self) -> int:
         """The peak: weights, and the larger of the two phases."""
-        return self.weights + max(self.kv_cache + self.text_cache + self.transformer_work, self.decoder_work)
+        caches = self.kv_cache + self.text_cache
+        return self.weights + self.derived + max(caches + self.transformer_work, self.decoder_work)
 
     def to_json(self) -> dict[str, int]:
         """All parts and the total."""
@@ -212,8 +216,8 @@ def sampling_memory(
         kv_cache=per_position * schedule.positions,
         text_cache=per_position * geometry.text_length,
         transformer_work=last * (geometry.width * per_channel + 2 * geometry.ffn_width * number),
-        # pictures are decoded one at a time
-        decoder_work=(_decoder_peak(model.tokenizer, schedule) + _derived(model.tokenizer, schedule, number)) * number,
+        derived=_derived(_decoder_convs(model.tokenizer, schedule), number) * number,
+        decoder_work=_decoder_peak(model.tokenizer, schedule) * number,  # pictures are decoded one at a time
     )
 
 
@@ -321,7 +325,11 @@ def subject_training_memory(
     parts = set[str](training.train)
     trained = _subject_parameters(config.model, training, counts)
     text = counts.text_encoder or 0
-    frozen = counts.transformer + text + (counts.tokenizer if autoencoder else 0)
+    frozen = counts.transformer + text
+    if autoencoder:
+        tokenizer = config.model.tokenizer
+        convs = [*_encoder_convs(tokenizer, schedule), *_decoder_convs(tokenizer, schedule)]
+        frozen += counts.tokenizer + _derived(convs, number)
     if training.train != ["token"]:
         frozen -= 0 if "lora" in parts and parts <= {"lora", "token"} else trained
     rows = training.batch_size * (2 if training.keeps_class else 1)
@@ -429,6 +437,7 @@ class _Conv:
         pixels: of what it reads.
         normed: whether a norm and an activation stand before it.
         held: numbers the layers around it hold meanwhile.
+        doubles: whether it enlarges what it reads.
     """
 
     before: int
@@ -436,6 +445,7 @@ class _Conv:
     pixels: int
     normed: bool = False
     held: int = 0
+    doubles: bool = False
 
 
 def _autoencoder_kept(config: TokenizerConfig, schedule: Schedule) -> tuple[int, int]:
@@ -461,12 +471,12 @@ def _decoder_peak(config: TokenizerConfig, schedule: Schedule) -> int:
     return max(2 * (conv.before + conv.after) * conv.pixels + conv.held for conv in convs)
 
 
-def _derived(config: TokenizerConfig, schedule: Schedule, number: int) -> int:
-    """Numbers of the weights that a CPU decodes with in place of a convolution's own, and keeps beside those."""
+def _derived(convs: Sequence[_Conv], number: int) -> int:
+    """Numbers of the weights that a CPU infers with in place of these convolutions' own, and keeps beside those."""
     total = 0
-    for conv in _decoder_convs(config, schedule)[1:-1]:
+    for conv in convs:
         wide = min(conv.before, conv.after) >= LEAST_CHANNELS and conv.pixels >= LEAST_POSITIONS
-        if not conv.normed or (wide and number == FP32):
+        if conv.doubles or (conv.normed and wide and number == FP32):
             total += 16 * conv.before * conv.after
     return total
 
@@ -506,7 +516,7 @@ def _decoder_convs(config: TokenizerConfig, schedule: Schedule) -> list[_Conv]:
         if level > 0:
             held = width * pixels
             pixels *= 4
-            convs.append(_Conv(width, width, pixels, held=held))
+            convs.append(_Conv(width, width, pixels, held=held, doubles=True))
     return [*convs, _Conv(before, 3, pixels, True)]
 
 

@@ -1,10 +1,12 @@
 """Training stage `subject`: one thing from a few photos, while its class stays what the base model knows.
 
 Source: DreamBooth, arXiv 2208.12242, section 3: a token of its own, and a second loss on class samples that the base
-model made (prior preservation). Here the losses are the bitwise cross-entropy of next-scale prediction, and the class
-can also be kept by the base model's bit distributions themselves (distillation).
+model made (prior preservation). Here the photos' loss is the bitwise cross-entropy of next-scale prediction. The
+class's is how far the model's bit distributions have moved from the base model's (distillation), on class pictures or
+on class samples that are there as bits; on class pictures it can be DreamBooth's own, the cross-entropy of their bits.
 
-A batch is named: photos first, then as many class samples, through one forward pass to two losses.
+A batch is named: photos first, then as many class samples, or now and then others, through one forward pass to two
+losses. The token learns alone at first, from photos only.
 """
 
 from __future__ import annotations
@@ -132,6 +134,8 @@ class SubjectStage:
         probes: prompts to watch, of the names SUBJECT, CLASS and UNRELATED.
         device: where it is computed.
         at_once: pictures drawn at once.
+        first_whole_step: from which everything learns, not only the token; None takes the recipe's. More steps than
+            at first leave it where it was.
     """
 
     def __init__(
@@ -144,6 +148,7 @@ class SubjectStage:
         scales: Schedule,
         device: torch.device,
         at_once: int = AT_ONCE,
+        first_whole_step: int | None = None,
     ) -> None:
         training = config.training.subject
         assert training is not None
@@ -163,7 +168,7 @@ class SubjectStage:
         self._plan = plan(config.sampling, len(scales))
         self._choose()
         token_rate = training.token_learning_rate / training.optimizer.learning_rate
-        self._start = training.first_whole_step
+        self._start = training.first_whole_step if first_whole_step is None else first_whole_step
         self.paces: Mapping[str, Pace] = {ROWS: Pace(rate=token_rate), "": Pace(start=self._start)}
         self.groups = grouped(range(len(self._photos)), lambda index: self._photos[index].schedule.ratio)
         self._of_prompt: dict[str, list[int]] = {}

@@ -89,7 +89,7 @@ class TextEncoder(nn.Module):
 
     def has_no_word_for(self, text: str) -> bool:
         """Whether all of a text is unknown to the vocabulary."""
-        return set(self.vocabulary.encode(text, add_special_tokens=False).tokens) <= {UNKNOWN, WORD_START}
+        return set(self.word_ids(text)) <= {self.vocabulary.token_to_id(piece) for piece in (UNKNOWN, WORD_START)}
 
     @torch.no_grad()
     def embedding_of(self, text: str) -> Tensor:

@@ -181,6 +181,8 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
     lessons = photo_lessons(photos, files, header, model, training, device)
     if any(_cut(model, caption) for lesson in lessons for caption in lesson.captions):
         report.notice("captions longer than the text encoder takes are cut")
+    if set(training.train) == {"token"} and training.prior != "none":
+        report.notice("the token alone cannot change its class: no class pictures are drawn or used")
     at_once = _check_memory(resolved.config, model, lessons, device, report)
     priors, distilled = class_samples(
         header, model, resolved.config, device, at_once, report, base=options.model, folder=options.priors
@@ -196,11 +198,12 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
             "config": resolved.config.model_dump(mode="json"),
             "origins": resolved.origins,
             "drawn_at_once": at_once,
+            "first_whole_step": training.first_whole_step,
             "merge": None if options.merge is None else str(options.merge.expanduser().resolve()),
         }
     )
     save_material(run, material)
-    stage = _stage(resolved.config, model, material, header, device, at_once)
+    stage = _stage(resolved.config, model, material, header, device, at_once, training.first_whole_step)
     trained = fit(SUBJECT, stage, resolved.config, run, _WatchesClass(report, header), device, started)
     return _finish(name, header, run, trained, model, options.merge, report, started, replace=True)
 
@@ -218,6 +221,7 @@ def resume_subject(
         name, base, merge = description["name"], description["model"], description["merge"]
         header = Header.model_validate(description["header"])
         at_once = int(description["drawn_at_once"])
+        first_whole_step = int(description["first_whole_step"])
         config = Config.model_validate(description["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file} does not describe a training: {error}") from error
@@ -234,7 +238,7 @@ def resume_subject(
     if model.fingerprints != header.base:
         raise InputError(f"the base model {base} has changed since {run.path} was begun", "learn the subject again")
     _learn_token(model, header)
-    stage = _stage(config, model, load_material(run, model, config), header, where, at_once)
+    stage = _stage(config, model, load_material(run, model, config), header, where, at_once, first_whole_step)
     if steps is not None:
         stored = {"config": config.model_dump(mode="json"), "header": header.model_dump(mode="json")}
         run.describe({**description, **stored})
@@ -305,6 +309,8 @@ def _check_memory(
     assert model.text_encoder is not None
     counts = parameters(config.model)
     captions = {caption for lesson in lessons for caption in lesson.captions}
+    if training.keeps_class:
+        captions.update(training.prior_templates, training.other_prompts)
     tokens = max(len(ids) for ids in model.text_encoder.tokenise(sorted(captions)))
     largest = max((lesson.schedule for lesson in lessons), key=lambda scales: scales.positions)
 
@@ -379,6 +385,7 @@ def _stage(
     header: Header,
     device: torch.device,
     at_once: int,
+    first_whole_step: int,
 ) -> SubjectStage:
     training = recipe_of(config)
     if model.tokenizer is not None:
@@ -389,7 +396,7 @@ def _stage(
         Probe(UNRELATED, _unrelated(training, header.class_word)),
     ]
     scales = schedule_of(model, training, 1.0)
-    return SubjectStage(config, model, material, header, probes, scales, device, at_once)
+    return SubjectStage(config, model, material, header, probes, scales, device, at_once, first_whole_step)
 
 
 class _WatchesClass:
@@ -407,7 +414,7 @@ class _WatchesClass:
             self._warned = True
             self._report.warning(
                 f"after {step} steps pictures of a {self._header.class_word} without the token turn into "
-                f"{self._header.token}; fewer steps, --prior images or a larger --prior-weight keep the class"
+                f"{self._header.token}; fewer steps or a larger --prior-weight keep the class"
             )
 
 

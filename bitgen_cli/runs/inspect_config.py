@@ -445,6 +445,7 @@ def _parameter_table(counts: Parameters) -> Table:
 _SAMPLING_ROWS = {
     "weights": "Weights",
     "kv_cache": "Keys and values of all positions",
+    "derived": "Weights made for a CPU's decoder",
     "text_cache": "Keys and values of the prompt",
     "transformer_work": "Transformer, last scale",
     "decoder_work": "Decoder, after the transformer",

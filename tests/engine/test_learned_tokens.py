@@ -100,3 +100,10 @@ def test_words_are_known_and_pieces_are_not(make: object) -> None:
     assert encoder.knows("a")
     assert not encoder.knows("[V]")
     assert not encoder.knows("moonx")
+
+
+@ENCODERS
+@pytest.mark.parametrize(("text", "unknown"), [("犬", True), ("犬 犬犬", True), ("a 犬", False), ("dog", False)])
+def test_text_in_letters_that_the_vocabulary_never_saw(make: object, text: str, unknown: bool) -> None:
+    encoder = make()  # type: ignore[operator]
+    assert encoder.has_no_word_for(text) == unknown

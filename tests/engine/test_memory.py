@@ -179,10 +179,17 @@ def test_weights_derived_for_decoding_are_counted(dtype: torch.dtype) -> None:
     config = config_of("model.tokenizer.base_channels=128", "model.tokenizer.channel_multipliers=[1,1,1,1]")
     tokenizer = Tokenizer(config.model.tokenizer).requires_grad_(False).to(dtype)
     with torch.inference_mode():
-        tokenizer.decode(torch.zeros(1, config.model.tokenizer.bits, 8, 8, dtype=dtype))
-    derived = [m.derived for m in tokenizer.autoencoder.decoder.modules() if isinstance(m, Conv3 | DoublingConv3)]
-    made = sum(weight.numel() for weight in derived if weight is not None)
-    assert memory._derived(config.model.tokenizer, square(config), dtype.itemsize) == made > 0
+        tokenizer.decode(tokenizer.latent(torch.zeros(1, 3, 64, 64, dtype=dtype)))
+
+    def made(part: nn.Module) -> int:
+        derived = [m.derived for m in part.modules() if isinstance(m, Conv3 | DoublingConv3)]
+        return sum(weight.numel() for weight in derived if weight is not None)
+
+    encoder, decoder = made(tokenizer.autoencoder.encoder), made(tokenizer.autoencoder.decoder)
+    counts, scales = memory.parameters(config.model), square(config)
+    assert memory.sampling_memory(config.model, counts, scales, dtype.itemsize).derived == decoder * dtype.itemsize > 0
+    assert memory._derived(memory._encoder_convs(config.model.tokenizer, scales), dtype.itemsize) == encoder
+    assert (encoder > 0) == (dtype == torch.float32)
 
 
 def test_text_encoders_have_the_size_transformers_gives_them() -> None:
@@ -290,7 +297,8 @@ def test_learning_a_subject_adds_up() -> None:
     assert counts.text_encoder is not None
     table = 512 * 128
     assert everything.gradients == 4 * (counts.transformer + counts.text_encoder - table)
-    assert everything.frozen == 4 * (counts.tokenizer + table)
+    derived = memory.sampling_memory(config.model, counts, square(config), 4).derived
+    assert everything.frozen == 4 * (counts.tokenizer + table) + derived
     alone = config_of("training.subject.prior=none")
     fewer = memory.subject_training_memory(alone, counts, square(alone), 6, autoencoder=True)
     both = memory.subject_training_memory(config_of(), counts, square(config_of()), 6, autoencoder=True)

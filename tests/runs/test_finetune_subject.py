@@ -229,8 +229,10 @@ def test_the_token_learns_alone_first(model: Path, photos: Path) -> None:
 def test_the_token_alone_needs_no_class_pictures(model: Path, photos: Path, home: Path) -> None:
     """Without it in the prompt nothing differs from the base model, whatever it has become."""
     flags = {"train": ["token"], "steps": 2, "sample_every": 0}
-    one = learn(model, photos, flags=flags)
+    report = Silent()
+    one = learn(model, photos, report, flags=flags)
     assert not (home / "priors").exists()
+    assert any("no class pictures" in notice for notice in report.notices)
     other = learn(model, photos, name="none", flags={**flags, "prior": "none"})
     assert all(torch.equal(load_file(one.file)[name], load_file(other.file)[name]) for name in (ROW, START))
 
@@ -391,6 +393,19 @@ def test_bfloat16_with_recomputed_activations_resumes_exactly_too(
     whole, halves = (load_file(r.file) for r in (straight, result))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
     assert straight.validation == result.validation
+
+
+def test_more_steps_go_on_where_the_first_ended(model: Path, photos: Path) -> None:
+    """With a constant rate: what learned does not wait again because there are more steps now."""
+    constant = ("training.subject.optimizer.schedule=constant", "training.subject.optimizer.learning_rate=0.001")
+    flags = {"sample_every": 0, "validate_every": 100}
+    longer = {**flags, "steps": 12, "token_head_start": 0.25}
+    straight = learn(model, photos, name="straight", flags=longer, overrides=constant)
+    first = learn(model, photos, name="first", flags={**flags, "steps": 6, "token_head_start": 0.5}, overrides=constant)
+    more = resume(first.run, Silent(), steps=6)
+    assert isinstance(more, SubjectResult)
+    one, other = load_file(straight.file), load_file(more.file)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_what_is_only_used_is_kept_in_the_number_type_of_the_training(model: Path) -> None:
