@@ -69,7 +69,7 @@ from bitgen_cli.runs.subject_material import (
 from bitgen_cli.runs.train import TrainResult, fit, prepare_device
 
 VERB = "finetune-subject"
-LEAK = 0.5
+LEAK = 0.75
 """When more than this of what was learned is there without the token too, the class turns into the subject."""
 
 

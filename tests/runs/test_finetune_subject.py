@@ -511,7 +511,7 @@ def test_a_class_that_turns_into_the_subject_is_warned_of_once_while_it_trains(m
     result = learn(model, photos, report, flags=flags, overrides=fast)
     lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
     leaks = {line["step"]: line["drift_class_leak"] for line in lines if "drift_class_leak" in line}
-    first = min(step for step, leak in leaks.items() if leak > 0.5)
+    first = min(step for step, leak in leaks.items() if leak > 0.75)
     (warned,) = [text for text in report.notices if "turn into [V]" in text]
     assert first < 12
     assert f"after {first} steps" in warned
