@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 LEAST_CHANNELS, LEAST_POSITIONS = 128, 1024
 """Below these Winograd's transforms cost more than the products they save."""
-WORKSPACE = 4 << 20
-"""Bytes of products that are worked on at once: what stays in a processor's cache."""
+WORKSPACE = 32 << 20
+"""Bytes of products that are worked on at once: smaller bands wait for each other, larger ones gained nothing."""
 
 
 def only_infers(x: Tensor) -> bool:
