@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 Rgb = tuple[int, int, int]
 Point = tuple[float, float]
@@ -747,17 +747,23 @@ def caption_at(index: int, seed: int = 0, held_out: bool = False) -> str:
     return caption(scene, rng)
 
 
-def picture(index: int, seed: int = 0, size: int = 64, held_out: bool = False) -> Picture:
-    """Picture `index` of the world of that seed; a pure function of its arguments."""
+def picture(index: int, seed: int = 0, size: int = 64, held_out: bool = False, *, flips: bool = False) -> Picture:
+    """Picture `index` of the world of that seed; a pure function of its arguments.
+
+    With `flips`, half of the pictures are mirrored: things then face either way. Captions say nothing of it.
+    """
     rng = _random(index, seed)
     scene = _scene(rng, held_out)
     text = caption(scene, rng)
-    return Picture(draw(scene, rng, size), text, scene)
+    image = draw(scene, rng, size)
+    if flips and _random(index, f"{seed}:flip").random() < 0.5:
+        image = ImageOps.mirror(image)
+    return Picture(image, text, scene)
 
 
 def _scene(rng: random.Random, held_out: bool) -> Scene:
     return rng.choice(_SPLIT[held_out])
 
 
-def _random(index: int, seed: int) -> random.Random:
+def _random(index: int, seed: int | str) -> random.Random:
     return random.Random(f"{seed}:{index}")

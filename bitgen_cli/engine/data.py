@@ -29,7 +29,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 METADATA = "metadata.jsonl"
 CAPTION_KEYS = ("text", "caption", "prompt")
-WORLD = "world:"
+WORLD, FLIP = "world:", ":flip"
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error)
@@ -134,8 +134,8 @@ def open_source(data: str, picture_size: int = 64) -> PictureSource:
 
     Args:
         data: a folder (read with its sub-folders, hidden ones left out), or `world:N` or `world:N:SEED`: N
-            pictures of the demo world. A folder with a `metadata.jsonl` (one object per line: `file_name` and
-            one of `text`, `caption`, `prompt`) holds exactly the pictures listed there.
+            pictures of the demo world, with `:flip` behind it half of them mirrored. A folder with a
+            `metadata.jsonl` (one object per line: `file_name` and one of `text`, `caption`, `prompt`) holds exactly the pictures listed there.
         picture_size: pixels along a side of a drawn picture.
 
     Raises:
@@ -208,21 +208,23 @@ class WorldSource:
         count: how many.
         seed: another seed draws other pictures.
         side: pixels along a side.
+        flips: whether half of them are mirrored.
     """
 
     count: int
     seed: int
     side: int
+    flips: bool = False
 
     @property
     def name(self) -> str:
-        return f"demo world, seed {self.seed}, {self.side}x{self.side}"
+        return f"demo world, seed {self.seed}, {self.side}x{self.side}{', half mirrored' if self.flips else ''}"
 
     def __len__(self) -> int:
         return self.count
 
     def key(self, index: int) -> str:
-        return f"world/{self.seed}/{index:08d}"
+        return f"world/{self.seed}{FLIP if self.flips else ''}/{index:08d}"
 
     def caption(self, index: int) -> str:
         from bitgen_cli.demo import world
@@ -232,18 +234,18 @@ class WorldSource:
     def image(self, index: int) -> Image.Image:
         from bitgen_cli.demo import world
 
-        return world.picture(index, self.seed, self.side).image
+        return world.picture(index, self.seed, self.side, flips=self.flips).image
 
     def size(self, index: int) -> tuple[int, int]:
         return self.side, self.side
 
 
 def _open_world(data: str, side: int) -> WorldSource:
-    numbers = data.removeprefix(WORLD).split(":")
+    numbers = data.removeprefix(WORLD).removesuffix(FLIP).split(":")
     written_right = all(part.isascii() and part.isdigit() for part in numbers) and len(numbers) <= 2
     if not written_right or int(numbers[0]) == 0:
-        raise UsageError(f"{data!r} is not world:N or world:N:SEED", "for example world:20000")
-    return WorldSource(int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 0, side)
+        raise UsageError(f"{data!r} is not world:N[:SEED][:flip]", "for example world:20000")
+    return WorldSource(int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 0, side, data.endswith(FLIP))
 
 
 def _pictures_below(folder: Path) -> list[str]:

@@ -53,7 +53,7 @@ class TokenizeOptions:
     """What to tokenize and how.
 
     Attributes:
-        data: a folder of pictures, or `world:N[:SEED]`.
+        data: a folder of pictures, or `world:N[:SEED][:flip]`.
         out: folder of the token store; an unfinished one is continued.
         model: model folder, run folder or `demo`.
         batch_size: pictures encoded at once.

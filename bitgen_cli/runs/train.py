@@ -52,7 +52,7 @@ class TrainOptions:
         resolved: the whole configuration and where its values come from.
         stage: `tokenizer` or `transformer`; None takes the transformer for a token store, the tokenizer for
             pictures.
-        data: for the tokenizer a folder of pictures or `world:N[:SEED]`, for the transformer a token store.
+        data: for the tokenizer a folder of pictures or `world:N[:SEED][:flip]`, for the transformer a token store.
         out: folder of the run; must be new or empty.
         init: model folder or run folder to begin with. The transformer needs the one whose tokenizer made the
             store.

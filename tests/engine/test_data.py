@@ -318,8 +318,28 @@ def test_world_is_a_pure_function_of_index_and_seed() -> None:
     assert all(many.caption(i) for i in range(5))
 
 
+def test_half_of_a_flipped_world_is_mirrored() -> None:
+    """All else is the same: the pictures are those of the world of that seed, or mirror images of them."""
+    usual, flipped = open_source("world:40:7", 16), open_source("world:40:7:flip", 16)
+    assert usual.name != flipped.name
+    mirrored = 0
+    for index in range(40):
+        plain, other = np.asarray(usual.image(index)), np.asarray(flipped.image(index))
+        assert usual.caption(index) == flipped.caption(index)
+        assert usual.key(index) != flipped.key(index)
+        if not np.array_equal(plain, other):
+            assert np.array_equal(plain[:, ::-1], other)
+            mirrored += 1
+    assert 10 < mirrored < 30
+    assert open_source("world:3:flip").name == open_source("world:9:0:flip").name
+
+
 @pytest.mark.parametrize(
-    "data", ["world:", "world:0", "world:x", "world:-3", "world:1:2:3", "world:3:", "world:²"]
+    "data",
+    [
+        *("world:", "world:0", "world:x", "world:-3", "world:1:2:3", "world:3:", "world:²"),
+        *("world:flip", "world:3:flip:1", "world:0:flip"),
+    ],
 )
 def test_a_wrong_world_is_refused(data: str) -> None:
     with pytest.raises(UsageError, match="world:N"):
