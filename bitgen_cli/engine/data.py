@@ -135,7 +135,8 @@ def open_source(data: str, picture_size: int = 64) -> PictureSource:
     Args:
         data: a folder (read with its sub-folders, hidden ones left out), or `world:N` or `world:N:SEED`: N
             pictures of the demo world, with `:flip` behind it half of them mirrored. A folder with a
-            `metadata.jsonl` (one object per line: `file_name` and one of `text`, `caption`, `prompt`) holds exactly the pictures listed there.
+            `metadata.jsonl` (one object per line: `file_name` and one of `text`, `caption`, `prompt`) holds
+            exactly the pictures listed there.
         picture_size: pixels along a side of a drawn picture.
 
     Raises:
