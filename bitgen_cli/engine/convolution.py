@@ -40,17 +40,24 @@ class _Derived:
         return self.value
 
 
-class Conv3(nn.Conv2d):
-    """3x3 with padding 1; large ones by Winograd's algorithm where a CPU infers with frozen float32 weights."""
+class _InferringConv3(nn.Conv2d):
+    """3x3 with padding 1, and weights made of its own that infer with fewer products."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, make: Callable[[Tensor], Tensor]) -> None:
         super().__init__(channels_in, channels_out, 3, padding=1)
-        self._spread = _Derived(spread)
+        self._made = _Derived(make)
 
     @property
     def derived(self) -> Tensor | None:
         """The weights that have been made of its own, if any."""
-        return self._spread.value
+        return self._made.value
+
+
+class Conv3(_InferringConv3):
+    """3x3 with padding 1; large ones by Winograd's algorithm where a CPU infers with frozen float32 weights."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, spread)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
@@ -58,25 +65,19 @@ class Conv3(nn.Conv2d):
         even = height % 2 == 0 and width % 2 == 0
         exact = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         if large and even and exact and only_infers(x) and not self.weight.requires_grad:
-            return winograd(x, self._spread.of(self.weight), self.bias)
+            return winograd(x, self._made.of(self.weight), self.bias)
         return super().forward(x)
 
 
-class DoublingConv3(nn.Conv2d):
+class DoublingConv3(_InferringConv3):
     """Nearest neighbour x2, then 3x3 with padding 1."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(channels_in, channels_out, 3, padding=1)
-        self._folded = _Derived(folded)
-
-    @property
-    def derived(self) -> Tensor | None:
-        """The weights that have been made of its own, if any."""
-        return self._folded.value
+        super().__init__(channels_in, channels_out, folded)
 
     def forward(self, x: Tensor) -> Tensor:
         if only_infers(x) and not self.weight.requires_grad:
-            return F.conv_transpose2d(x, self._folded.of(self.weight), self.bias, stride=2, padding=1)
+            return F.conv_transpose2d(x, self._made.of(self.weight), self.bias, stride=2, padding=1)
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
