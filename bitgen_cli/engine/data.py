@@ -189,7 +189,7 @@ class FolderSource:
         path = (self.folder / self.files[index]).with_suffix(".txt")
         if not path.is_file():
             return ""
-        return _one_line(_read_text(path))
+        return _one_line(read_text_file(path))
 
     def image(self, index: int) -> Image.Image:
         return load_picture(self.folder / self.files[index])
@@ -268,7 +268,7 @@ def _open_metadata(folder: Path) -> FolderSource:
     """The pictures a metadata.jsonl lists, in its order."""
     path = folder / METADATA
     captions: dict[str, str] = {}
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text_file(path).split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             name, caption = _metadata_row(line, where)
@@ -303,7 +303,12 @@ def _metadata_row(line: str, where: str) -> tuple[str, str]:
     return path.as_posix(), _one_line(caption)
 
 
-def _read_text(path: Path) -> str:
+def read_text_file(path: Path) -> str:
+    """The text of a file somebody wrote.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -26,7 +26,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitgen_cli.config import SamplingConfig, SubjectTraining
-from bitgen_cli.engine.data import SUFFIXES, FolderSource, to_pil, to_uint8
+from bitgen_cli.engine.data import SUFFIXES, FolderSource, read_text_file, to_pil, to_uint8
 from bitgen_cli.engine.device import keep_freed_memory, pick_device
 from bitgen_cli.engine.model_folder import BUILT_IN, Model, find_model, fingerprint, load_model, read_model_config
 from bitgen_cli.engine.sampling import draw_bits, plan
@@ -508,12 +508,7 @@ def _caption(file: Path, class_word: str) -> str:
     text = file.with_suffix(".txt")
     if not text.is_file():
         return with_article(f"a {CLASS}", class_word)
-    try:
-        caption = " ".join(text.read_text(encoding="utf-8-sig").split())
-    except OSError as error:
-        raise explain(error, text, "read") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{text} is not UTF-8 text", "save it as UTF-8") from error
+    caption = " ".join(read_text_file(text).split())
     return with_article(caption or f"a {CLASS}", class_word)
 
 

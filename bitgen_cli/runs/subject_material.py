@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitgen_cli.config import Config, SubjectTraining
 from bitgen_cli.engine.checkpoint import RunFolder
-from bitgen_cli.engine.data import SUFFIXES, load_picture, to_float, to_tensor
+from bitgen_cli.engine.data import SUFFIXES, load_picture, read_text_file, to_float, to_tensor
 from bitgen_cli.engine.model_folder import Model
 from bitgen_cli.engine.sampling import plan
 from bitgen_cli.engine.scales import Schedule, nearest_ratio, schedule
@@ -83,12 +83,7 @@ def _captions(file: Path, header: Header, training: SubjectTraining) -> tuple[st
     subject = f"{header.token} {header.class_word}"
     own = file.with_suffix(".txt")
     if own.is_file():
-        try:
-            text = " ".join(own.read_text(encoding="utf-8-sig").split())
-        except OSError as error:
-            raise explain(error, own, "read") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"{own} is not UTF-8 text", "save it as UTF-8") from error
+        text = " ".join(read_text_file(own).split())
         if "{subject}" not in text and header.token not in text:
             word = re.compile(rf"(?<!\w){re.escape(header.class_word)}(?!\w)", re.IGNORECASE)
             text = word.sub("{subject}", text, count=1) if word.search(text) else f"{{subject}}, {text}".rstrip(", ")
