@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,13 +12,17 @@ from bitgen_cli.config import Config, TokenizerTraining
 from bitgen_cli.engine import pyramid
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import PictureSource, save_grid, to_float
-from bitgen_cli.engine.device import DTYPES
+from bitgen_cli.engine.device import DTYPES, autocast
+from bitgen_cli.engine.draws import Draws
 from bitgen_cli.engine.losses import psnr, ssim, tokenizer_loss
 from bitgen_cli.engine.model_folder import save_model
+from bitgen_cli.engine.optimizer import Pace
+from bitgen_cli.engine.order import chunks, grouped, split
+from bitgen_cli.engine.parallel import Ranks
 from bitgen_cli.engine.pictures import Pictures
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
-from bitgen_cli.engine.trainer import Pace, chunks, grouped, split
+from bitgen_cli.errors import UsageError
 from bitgen_cli.report import Report
 
 GRID_COLUMNS = 12
@@ -58,12 +62,16 @@ class TokenizerStage:
         self.groups = grouped(trained, self._pictures.ratio)
         self._validation = chunks(grouped(held_out, self._pictures.ratio), training.batch_size)
 
+    def share(self, ranks: Ranks) -> None:
+        raise UsageError("a tokenizer is trained by one process", "leave out --devices and torchrun")
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        return [self._pictures.name(index) for index in indices]
+
     def ahead(self, indices: list[int]) -> None:
         self._pictures.ahead(indices)
 
-    def loss(
-        self, indices: list[int], generator: torch.Generator, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, indices: list[int], draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """L1, structure, entropy and commitment of one micro-batch; nothing in it is random."""
         image, scales = self._images(indices)
         reconstruction, latent, total = self._reconstruct(image, scales)
@@ -108,13 +116,12 @@ class TokenizerStage:
 
         The decoder sees the sum; its gradient goes straight to the latent, past all scales at once.
         """
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.precision == "bf16")
-        with autocast:
+        with autocast(self.device, self.training.precision):
             latent = self.module.latent(image)
         latent = latent.float()
         with torch.no_grad():
             _, total = pyramid.encode(latent, scales)
-        with autocast:
+        with autocast(self.device, self.training.precision):
             reconstruction = self.module.autoencoder.decoder(latent + (total - latent).detach())
         return reconstruction.float(), latent, total
 
