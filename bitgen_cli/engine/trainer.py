@@ -401,8 +401,10 @@ class Trainer:
         return values, improved
 
     def _draw_samples(self) -> None:
+        file = self.run.samples / f"step-{self.progress.step:07d}.png"
         with self._shown():
-            self.stage.draw_samples(self.run.samples / f"step-{self.progress.step:07d}.png")
+            self.stage.draw_samples(file)
+        self.run.show(self.progress.step, file)
 
     def _save(self, improved: bool, last: bool) -> None:
         """Saves a checkpoint; the best one so far and the last one also leave the model folder."""

@@ -16,6 +16,7 @@ from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Report
 from bitgen_cli.runs.finetune_subject import VERB, SubjectResult, resume_subject
+from bitgen_cli.runs.logs import add_logs
 from bitgen_cli.runs.train import (
     TOKENIZER,
     Parts,
@@ -31,7 +32,7 @@ from bitgen_cli.runs.train import (
 
 
 def resume(
-    path: Path, report: Report, *, steps: int | None = None, device: str = "auto"
+    path: Path, report: Report, *, steps: int | None = None, device: str = "auto", logs: tuple[str, ...] = ()
 ) -> TrainResult | SubjectResult:
     """Continues a training from its last whole checkpoint.
 
@@ -42,6 +43,7 @@ def resume(
         report: who listens.
         steps: train so many steps more than the run was made for; stored with the run.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        logs: `tensorboard`, `wandb`: logs besides those that the run has.
 
     Raises:
         InputError: no run, no whole checkpoint, or its data or start model cannot be read.
@@ -52,7 +54,7 @@ def resume(
     """
     started = time.perf_counter()
     run = RunFolder(path)
-    description = run.description()
+    description = add_logs(run, run.description(), logs)
     try:
         verb = description["verb"]
         if verb == VERB:

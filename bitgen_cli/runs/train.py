@@ -37,6 +37,7 @@ from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.engine.transformer_stage import TransformerStage
 from bitgen_cli.errors import UsageError
 from bitgen_cli.report import Report
+from bitgen_cli.runs.logs import logged, plan_logs
 
 if TYPE_CHECKING:
     from bitgen_cli.presets import Resolved
@@ -57,6 +58,7 @@ class TrainOptions:
         init: model folder or run folder to begin with. The transformer needs the one whose tokenizer made the
             store.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        logs: `tensorboard`, `wandb`: where measurements go besides metrics.jsonl.
     """
 
     resolved: Resolved
@@ -65,6 +67,7 @@ class TrainOptions:
     out: Path
     init: str | None = None
     device: str = "auto"
+    logs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def train(options: TrainOptions, report: Report) -> TrainResult:
     if stage_name == SUBJECT:
         raise UsageError("`bitgen train` does not learn subjects", "bitgen finetune-subject does")
     recipe(config, stage_name)
+    logs = plan_logs(options.logs)
     device = prepare_device(options.device)
     run = RunFolder(options.out)
     run.refuse_used()
@@ -119,6 +123,7 @@ def train(options: TrainOptions, report: Report) -> TrainResult:
         "stage": stage_name,
         "data": data,
         "init": options.init,
+        "logs": logs,
         "config": config.model_dump(mode="json"),
         "origins": options.resolved.origins,
     }
@@ -148,13 +153,15 @@ def fit(
 ) -> TrainResult:
     """Runs the loop to its end, from the run's last checkpoint when `resumed`."""
     loop = recipe(config, stage_name)
+    heard = 0
     try:
         trainer = Trainer(stage, loop, run, report, device)
         if resumed:
             checkpoint = run.load_last(report)
             trainer.load(checkpoint)
-            run.cut_log(checkpoint.step)
-        values = trainer.fit()
+            heard = run.cut_log(checkpoint.step)
+        with logged(run, report, trainer.progress.step, heard):
+            values = trainer.fit()
     finally:
         stage.close()
     return TrainResult(
