@@ -434,10 +434,15 @@ class Trainer:
 
     @contextmanager
     def _stop_on_interrupt(self) -> Iterator[None]:
-        """The first Ctrl-C (or SIGTERM) finishes the step and saves; the second ends at once."""
+        """The first Ctrl-C (or SIGTERM) finishes the step and saves; a further Ctrl-C ends at once.
+
+        A further SIGTERM does not: those who end jobs send it to a process and once more through its parents.
+        """
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self._stop:
+                if number == signal.SIGTERM:
+                    return
                 raise KeyboardInterrupt
             self._stop = True
             self.report.notice("finishing this step and saving; Ctrl-C again stops at once, without saving")

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -91,7 +92,7 @@ class SweepRun:
         state: FINISHED, INTERRUPTED, DIVERGED, FAILED or NOT_STARTED.
         exit_code: of its process; None where none was started.
         steps: done in all.
-        loss, val_loss: the last measured; None where there is none.
+        loss, val_loss: the last measured; None where there is none, or it is no number.
         best_val_loss: the lowest.
         val_psnr: the last, in dB, of a tokenizer.
     """
@@ -111,11 +112,6 @@ class SweepRun:
         """What is known before it is run, as plain JSON values."""
         return {"values": self.values, "run": str(self.run), "command": self.command}
 
-    @property
-    def judged(self) -> float | None:
-        """What runs are compared by, the less the better."""
-        return self.loss if self.best_val_loss is None else self.best_val_loss
-
 
 @dataclass(frozen=True)
 class SweepResult:
@@ -134,8 +130,12 @@ class SweepResult:
     @property
     def best(self) -> SweepRun | None:
         """The finished run of the lowest held-out loss; of the lowest loss where there is no held-out one."""
-        judged = {run.judged: run for run in reversed(self.runs) if run.state == FINISHED and run.judged is not None}
-        return judged[min(judged)] if judged else None
+        finished = [run for run in self.runs if run.state == FINISHED]
+        for name in ("best_val_loss", "loss"):
+            judged = [run for run in finished if getattr(run, name) is not None]
+            if judged:
+                return min(judged, key=attrgetter(name))
+        return None
 
     @property
     def heads(self) -> list[str]:
@@ -362,7 +362,8 @@ def _judge(run: SweepRun, code: int | None, report: Report) -> SweepRun:
             report.warning(str(error))
 
     def last(name: str) -> float | None:
-        return measured[name].values[-1] if name in measured else None
+        value = measured[name].values[-1] if name in measured else math.nan
+        return value if math.isfinite(value) else None
 
     held_out = [value for value in measured.get("val_loss", Series()).values if math.isfinite(value)]
     return replace(
