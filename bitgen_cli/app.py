@@ -105,6 +105,19 @@ ConfigFile = Annotated[
     Path | None,
     _option("FILE", "A YAML file with values that replace the preset's.", _CONFIGURING, ("--config",)),
 ]
+Sweep = Annotated[
+    str | None,
+    _option(
+        "HOW",
+        "Try every combination of the values of keys that --set names several times: print shows the commands, "
+        "run trains one after the other, in folders below --out.",
+        _CONFIGURING,
+    ),
+]
+Logs = Annotated[
+    list[str] | None,
+    _option("LOG", "Also log to tensorboard or wandb; may be repeated.", _OUTPUT, ("--log",)),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -351,6 +364,7 @@ def train(
     ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
+    sweep: Sweep = None,
     steps: Annotated[
         int | None,
         _option("N", "Optimizer steps.", _CONFIGURING, least=1),
@@ -363,6 +377,7 @@ def train(
         int | None,
         _option("SEED", "Of everything random.", _CONFIGURING),
     ] = None,
+    logs: Logs = None,
     device: Device = "auto",
     devices: Devices = None,
     strategy: Strategy = "ddp",
@@ -372,7 +387,8 @@ def train(
 
     Ctrl-C finishes the step and saves; `bitgen resume` continues.
     """
-    _start_several(context, devices)
+    if sweep is None:
+        _start_several(context, devices)
 
     from bitgen_cli import console
     from bitgen_cli.presets import resolve
@@ -380,17 +396,35 @@ def train(
     given = {"steps": steps, "batch_size": batch_size, "seed": seed}
     flags: dict[str, Any] = {}
     if any(value is not None for value in given.values()):
-        from bitgen_cli.runs.train import stage_for
+        section = stage
+        if section is None:
+            from bitgen_cli.runs.train import stage_for
 
-        section = stage or stage_for(data)
+            section = stage_for(data)
         flags = {f"training.{section}.{name}": value for name, value in given.items() if value is not None}
+    if sweep is not None:
+        from bitgen_cli.runs.sweep import SweepOptions, combinations
+
+        tried = SweepOptions("train", *_shared_words(context), tuple(overrides or ()), out, config)
+        for combination in combinations(tried.overrides):
+            # every mistake is told before the first run begins
+            resolve(preset, config_file=config, overrides=combination.overrides, flags=flags)
+        _sweep(tried, sweep, as_json)
+        return
     resolved = resolve(preset, config_file=config, overrides=tuple(overrides or ()), flags=flags)
 
     from bitgen_cli.runs.train import TrainOptions
     from bitgen_cli.runs.train import train as start
 
     options = TrainOptions(
-        resolved=resolved, stage=stage, data=data, out=out, init=init, device=device, strategy=strategy
+        resolved=resolved,
+        stage=stage,
+        data=data,
+        out=out,
+        init=init,
+        device=device,
+        strategy=strategy,
+        logs=tuple(logs or ()),
     )
     with console.listening() as report:
         result = start(options, report)
@@ -402,6 +436,7 @@ def train(
 
 @app.command("finetune-subject", cls=_Command)
 def finetune_subject(
+    context: typer.Context,
     photos: Annotated[
         Path | None,
         typer.Argument(metavar="PHOTOS", help="Folder with 3 to 5 photos of one thing.", show_default=False),
@@ -446,8 +481,10 @@ def finetune_subject(
     ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
+    sweep: Sweep = None,
     steps: Annotated[int | None, _option("N", "Optimizer steps.", _CONFIGURING, least=1)] = None,
     seed: Annotated[int | None, _option("SEED", "Of everything random.", _CONFIGURING)] = None,
+    logs: Logs = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -469,6 +506,16 @@ def finetune_subject(
     if photos is None or class_word is None:
         missing = "no photos" if photos is None else "no --class"
         raise UsageError(missing, "for example: bitgen finetune-subject ./photos --class dog")
+    if sweep is not None:
+        from bitgen_cli.runs.sweep import SweepOptions, subject_name
+
+        if merge is not None:
+            raise UsageError("--merge does not go with --sweep", "merge the best one with --subject and --merge")
+        base = name or subject_name(token)
+        words = _shared_words(context)
+        folder = out or Path(f"sweep-{base}")
+        _sweep(SweepOptions("finetune-subject", *words, tuple(overrides or ()), folder, config, base), sweep, as_json)
+        return
 
     from bitgen_cli.runs.finetune_subject import SubjectOptions
     from bitgen_cli.runs.finetune_subject import finetune_subject as learn
@@ -498,6 +545,7 @@ def finetune_subject(
         merge=merge,
         overwrite=overwrite,
         device=device,
+        logs=tuple(logs or ()),
     )
     with console.listening() as report:
         result = learn(options, report)
@@ -575,6 +623,7 @@ def resume(
         int | None,
         _option("N", "Train N steps more than was planned.", least=1),
     ] = None,
+    logs: Logs = None,
     device: Device = "auto",
     devices: Devices = None,
     strategy: Strategy = "ddp",
@@ -588,7 +637,7 @@ def resume(
     from bitgen_cli.runs.resume import resume as go_on
 
     with console.listening() as report:
-        result = go_on(run, report, steps=steps, device=device, strategy=strategy)
+        result = go_on(run, report, steps=steps, device=device, strategy=strategy, logs=tuple(logs or ()))
     if as_json:
         console.show_json(result.to_json())
     elif isinstance(result, SubjectResult):
@@ -599,11 +648,12 @@ def resume(
 
 @app.command("inspect-config", cls=_Command)
 def inspect_config(
-    target: Annotated[
-        str | None,
+    targets: Annotated[
+        list[str] | None,
         typer.Argument(
-            metavar="TARGET",
-            help="A preset, a configuration file, a run, a model, a subject or a picture made by bitgen.",
+            metavar="TARGET...",
+            help="A preset, a configuration file, a run, a model, a subject or a picture made by bitgen; "
+            "with --plot, one run or several.",
             show_default=False,
         ),
     ] = None,
@@ -613,19 +663,34 @@ def inspect_config(
         bool,
         _flag("--schema", "Print the JSON schema of a configuration instead.", _OUTPUT),
     ] = False,
+    plot: Annotated[
+        Path | None,
+        _option("FILE", "Draw the course of a run's training instead: FILE.png, .svg or .pdf.", _OUTPUT),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show every value and where it comes from, the scales, sizes, and the memory needed."""
-    if target is None and not schema:
+    if not targets and not schema:
         raise UsageError(
             "nothing to inspect", "name a preset, file, run, model, subject or picture, or ask for --schema"
         )
-
     from bitgen_cli import console
+
+    if plot is not None:
+        if schema or overrides or config is not None:
+            raise UsageError("--plot goes with runs alone", "leave --schema, --set and --config away")
+        from bitgen_cli.runs.plot import plot as draw
+
+        with console.listening() as report:
+            drawn = draw([Path(target) for target in targets or ()], plot, report)
+        console.show_json(drawn.to_json()) if as_json else print(drawn.file)
+        return
+    if targets and len(targets) > 1:
+        raise UsageError(f"{len(targets)} targets", "several belong to --plot alone, which takes runs")
     from bitgen_cli.runs.inspect_config import InspectOptions, inspect
 
     options = InspectOptions(
-        target=target or "", overrides=list(overrides or ()), schema=schema, config_file=config
+        target=targets[0] if targets else "", overrides=list(overrides or ()), schema=schema, config_file=config
     )
     with console.listening() as report:
         result = inspect(options, report)
@@ -633,6 +698,54 @@ def inspect_config(
         console.show_json(result.to_json())
     else:
         console.show_tables(result.sections)
+
+
+_OF_EACH_RUN = ("out", "overrides", "sweep", "name", "as_json")
+_COMPUTES = ("device", "devices", "strategy", "logs")
+
+
+def _shared_words(context: typer.Context) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What was typed for all runs of a sweep: words that change the result, and words that do not."""
+    shared: list[str] = []
+    computing: list[str] = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is None or source.name != "COMMANDLINE" or parameter.name in _OF_EACH_RUN:
+            continue
+        value = context.params[str(parameter.name)]
+        words = computing if parameter.name in _COMPUTES else shared
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words.append([*parameter.opts, *parameter.secondary_opts][0 if value else -1])
+        else:
+            for item in value if isinstance(value, list | tuple) else [value]:
+                words += [parameter.opts[0], str(item)]
+    return tuple(shared), tuple(computing)
+
+
+def _sweep(options: Any, how: str, as_json: bool) -> None:
+    """Shows the commands of a sweep, or runs them and shows what they reached."""
+    from bitgen_cli import console
+    from bitgen_cli.runs import sweep
+
+    if how not in (sweep.PRINT, sweep.RUN):
+        raise UsageError(f"--sweep {how}: must be {sweep.PRINT} or {sweep.RUN}")
+    if how == sweep.PRINT:
+        planned = sweep.plan(options)
+        if as_json:
+            console.show_json({"runs": [run.planned_json() for run in planned]})
+        else:
+            print("\n".join(run.command for run in planned))
+        return
+    with console.listening() as report:
+        result = sweep.sweep(options, report)
+    if as_json:
+        console.show_json(result.to_json())
+    else:
+        console.show_sweep(result)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
 
 
 def run(arguments: list[str]) -> int:

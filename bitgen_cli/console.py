@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from bitgen_cli.runs.finetune_subject import SubjectResult
     from bitgen_cli.runs.gen_priors import PriorResult
     from bitgen_cli.runs.sample import SampleResult
+    from bitgen_cli.runs.sweep import SweepResult, SweepRun
     from bitgen_cli.runs.tokenize import TokenizeResult
     from bitgen_cli.runs.train import TrainResult
 
@@ -382,6 +383,29 @@ def show_training(result: TrainResult) -> None:
         facts["held-out bit accuracy"] = " ".join(f"{100 * value:.1f}" for value in scales) + " % per scale"
     facts["took"] = duration(result.seconds)
     _show_facts(facts)
+
+
+def show_sweep(result: SweepResult) -> None:
+    """Prints what became of every run of a sweep to stdout, the best one marked."""
+    from bitgen_cli.report import Table
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}"
+
+    best = result.best
+    measures: dict[str, Callable[[SweepRun], str]] = {
+        "loss": lambda run: number(run.loss),
+        "held-out loss": lambda run: number(run.val_loss),
+        "lowest": lambda run: number(run.best_val_loss),
+        "held-out PSNR": lambda run: "" if run.val_psnr is None else f"{run.val_psnr:.2f}",
+    }
+    shown = {head: cell for head, cell in measures.items() if any(cell(run) for run in result.runs)}
+    rows = []
+    for run in result.runs:
+        state = f"{run.state}, exit {run.exit_code}" if run.exit_code and run.state == "failed" else run.state
+        cells = [*run.values.values(), str(run.steps), *(cell(run) for cell in shown.values()), state]
+        rows.append([*cells, "best" if run is best else ""])
+    show_tables([Table(str(result.out), [*result.heads, "steps", *shown, "state", ""], rows)])
 
 
 def show_priors(result: PriorResult) -> None:

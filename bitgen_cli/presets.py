@@ -79,7 +79,7 @@ def resolve(
     Args:
         preset: its name; None when the file says everything or extends one.
         config_file: YAML.
-        overrides: `a.b=1` each, the value in YAML; the last one wins.
+        overrides: `a.b=1` each, the value in YAML; every key once.
         flags: dotted key to value; the flag is called like the key's last part. None was not given.
         environment: None takes the process's own; empty variables count as not set.
 
@@ -239,12 +239,19 @@ class _Layers:
 
     def add_overrides(self, overrides: Sequence[str]) -> None:
         """The values of --set."""
+        given: dict[str, list[str]] = {}
         for override in overrides:
             key, equals, text = override.partition("=")
             if equals and key.strip():
-                self._add_text(key.strip(), text, "--set")
+                given.setdefault(key.strip(), []).append(text)
             else:
                 self._problems.append(f"--set {override}: must be KEY=VALUE, for example sampling.cfg=4")
+        for key, texts in given.items():
+            self._add_text(key, texts[-1], "--set")
+            if len(texts) > 1:
+                times = "twice" if len(texts) == 2 else f"{len(texts)} times"
+                values = ", ".join(show(text) for text in texts)
+                self._problems.append(f"{key}: given {times} by --set ({values}); trainings try each with --sweep")
 
     def add_key(self, key: str, value: Any, origin: str) -> None:
         """One value by its dotted key."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 
 class Task(Protocol):
@@ -40,6 +41,22 @@ class Report(Protocol):
         Keys are those of metrics.jsonl: `loss`, `bit_accuracy/0` ... one per scale, `images_per_second`,
         `learning_rate` (of the schedule; parts may have a pace of their own), `seconds_left`.
         """
+
+
+class MetricsLog(Protocol):
+    """Keeps the measurements of a training somewhere else than metrics.jsonl."""
+
+    def configuration(self, step: int, description: Mapping[str, Any]) -> None:
+        """Keep what is trained from a step on: the run's config.json."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Keep measurements; a step may have them in several parts."""
+
+    def picture(self, step: int, file: Path) -> None:
+        """Keep a picture grid."""
+
+    def close(self, *, failed: bool) -> None:
+        """Keep what is not kept yet; nothing follows."""
 
 
 @dataclass(frozen=True)

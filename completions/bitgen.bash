@@ -48,9 +48,11 @@ _bitgen() {
         'train --init') words='demo' paths=folders ;;
         'train --config') words='' paths=files ;;
         'train --set') words='' paths= ;;
+        'train --sweep') words='print run' paths= ;;
         'train --steps') words='' paths= ;;
         'train --batch-size') words='' paths= ;;
         'train --seed') words='' paths= ;;
+        'train --log') words='tensorboard wandb' paths= ;;
         'train --device') words='auto cpu cuda mps' paths= ;;
         'train --devices') words='' paths= ;;
         'train --strategy') words='ddp fsdp' paths= ;;
@@ -69,8 +71,10 @@ _bitgen() {
         'finetune-subject --preset') words='16bit 32bit 64bit demo infinity-2b infinity-8b layer16 layer24 layer32 layer40 layer48' paths= ;;
         'finetune-subject --config') words='' paths=files ;;
         'finetune-subject --set') words='' paths= ;;
+        'finetune-subject --sweep') words='print run' paths= ;;
         'finetune-subject --steps') words='' paths= ;;
         'finetune-subject --seed') words='' paths= ;;
+        'finetune-subject --log') words='tensorboard wandb' paths= ;;
         'finetune-subject --device') words='auto cpu cuda mps' paths= ;;
         'gen-priors --class') words='' paths= ;;
         'gen-priors --count') words='' paths= ;;
@@ -83,21 +87,23 @@ _bitgen() {
         'gen-priors --dtype') words='auto fp32 bf16 fp16' paths= ;;
         'gen-priors --set') words='' paths= ;;
         'resume --steps') words='' paths= ;;
+        'resume --log') words='tensorboard wandb' paths= ;;
         'resume --device') words='auto cpu cuda mps' paths= ;;
         'resume --devices') words='' paths= ;;
         'resume --strategy') words='ddp fsdp' paths= ;;
         'inspect-config --config') words='' paths=files ;;
         'inspect-config --set') words='' paths= ;;
+        'inspect-config --plot') words='' paths=files ;;
         *)
             case $command in
                 '') words='sample tokenize train finetune-subject gen-priors resume inspect-config' options='--version --help -h' ;;
                 sample) words='' paths= options='--model --num-images -n --prompts --seed --cfg --cfg-layer --tau --top-k --top-p --greedy --negative-prompt --aspect --resolution --subject --output -o --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --set --help -h' ;;
                 tokenize) words='' paths=folders options='--model --resolution --latents --no-latents --reconstruct --json --batch-size --workers --device --dtype --help -h' ;;
-                train) words='' paths= options='--data --out --preset --stage --init --config --set --steps --batch-size --seed --device --devices --strategy --json --help -h' ;;
-                finetune-subject) words='' paths=folders options='--class --token --name --model --out --overwrite --merge --subject --train --prior --prior-weight --priors --flip --no-flip --resolution --preset --config --set --steps --seed --device --json --help -h' ;;
+                train) words='' paths= options='--data --out --preset --stage --init --config --set --sweep --steps --batch-size --seed --log --device --devices --strategy --json --help -h' ;;
+                finetune-subject) words='' paths=folders options='--class --token --name --model --out --overwrite --merge --subject --train --prior --prior-weight --priors --flip --no-flip --resolution --preset --config --set --sweep --steps --seed --log --device --json --help -h' ;;
                 gen-priors) words='' paths= options='--class --count --model --template --seed --output -o --json --batch-size --device --dtype --set --help -h' ;;
-                resume) words='' paths=folders options='--steps --device --devices --strategy --json --help -h' ;;
-                inspect-config) words='16bit 32bit 64bit demo infinity-2b infinity-8b layer16 layer24 layer32 layer40 layer48' paths=files options='--config --set --schema --json --help -h' ;;
+                resume) words='' paths=folders options='--steps --log --device --devices --strategy --json --help -h' ;;
+                inspect-config) words='16bit 32bit 64bit demo infinity-2b infinity-8b layer16 layer24 layer32 layer40 layer48' paths=files options='--config --set --schema --plot --json --help -h' ;;
             esac
             # options where one is begun, or where nothing else can stand
             if [[ $current == -* || -z "$words$paths" ]]; then

@@ -38,7 +38,7 @@ def kinds() -> dict[str, Kind]:
     anything = {name: Kind() for name in free}
     return anything | {
         "PRESET": Kind(presets),
-        "TARGET": Kind(presets, "files"),
+        "TARGET...": Kind(presets, "files"),
         "FILE": Kind(paths="files"),
         "PATH": Kind(paths="files"),
         "MODEL": Kind(("demo",), "folders"),
@@ -51,6 +51,8 @@ def kinds() -> dict[str, Kind]:
         "PARTS": Kind(("token", "text", "cross", "ffn", "self", "lora", "all")),
         "KIND": Kind(("images", "distill", "none")),
         "RUN": Kind(paths="folders"),
+        "HOW": Kind(("print", "run")),
+        "LOG": Kind(("tensorboard", "wandb")),
         "STAGE": Kind(("tokenizer", "transformer")),
         "DEVICE": Kind(("auto", "cpu", "cuda", "mps")),
         "DTYPE": Kind(("auto", "fp32", "bf16", "fp16")),

@@ -35,7 +35,7 @@ from bitgen_cli.engine.parallel import Ranks, fill
 from bitgen_cli.engine.tensors import save_tensors
 from bitgen_cli.errors import InputError, ResourceError, UsageError
 from bitgen_cli.files import PARTIAL, atomic_folder, atomic_path, explain, finish_folder, read_json, write_json
-from bitgen_cli.report import Report
+from bitgen_cli.report import MetricsLog, Report
 
 FORMAT = 1
 _STEP = re.compile(r"^step-(\d+)$")
@@ -120,10 +120,14 @@ class RunFolder:
 
     Args:
         path: of the run.
+
+    Attributes:
+        listeners: are told the measurements and picture grids too.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.listeners: list[MetricsLog] = []
 
     @property
     def model(self) -> Path:
@@ -302,7 +306,7 @@ class RunFolder:
         )
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Appends a line to metrics.jsonl, six significant digits a number.
+        """Appends a line to metrics.jsonl, six significant digits a number, and tells the listeners.
 
         Raises:
             ResourceError: no space left.
@@ -315,20 +319,35 @@ class RunFolder:
                 stream.write(json.dumps(rounded) + "\n")
         except OSError as error:
             raise explain(error, self.metrics, "write") from error
+        measured = {name: value for name, value in values.items() if name != "step"}
+        for listener in self.listeners:
+            listener.scalars(int(values["step"]), measured)
 
-    def cut_log(self, step: int) -> None:
-        """Removes the lines of metrics.jsonl behind a step: a resumed run writes them again."""
+    def show(self, step: int, file: Path) -> None:
+        """Tells the listeners of a picture grid."""
+        for listener in self.listeners:
+            listener.picture(step, file)
+
+    def cut_log(self, step: int) -> int:
+        """Removes the lines of metrics.jsonl behind a step: a resumed run writes them again.
+
+        Returns:
+            The last step that was there; `step` where that is none behind it.
+        """
         if not self.metrics.is_file():
-            return
-        kept = []
+            return step
+        kept, last = [], step
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                measured = json.loads(line)["step"]
+                if measured <= step:
                     kept.append(line + "\n")
+                last = max(last, measured)
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut off in the middle of being written
         with atomic_path(self.metrics) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
+        return last
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         """Writes state.json."""

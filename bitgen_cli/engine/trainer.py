@@ -443,9 +443,12 @@ class Trainer:
             self.run.log(values)
 
     def _draw_samples(self) -> None:
+        file = self.run.samples / f"step-{self.progress.step:07d}.png"
         with self._shown(), self.ranks.whole():
             if self.ranks.first:
-                self.stage.draw_samples(self.run.samples / f"step-{self.progress.step:07d}.png")
+                self.stage.draw_samples(file)
+        if self.ranks.first:
+            self.run.show(self.progress.step, file)
 
     def _save(self, improved: bool) -> None:
         """Saves a checkpoint; the best one so far and the last one also leave what the run is for."""
@@ -508,11 +511,14 @@ class Trainer:
 
     @contextmanager
     def _stop_on_interrupt(self) -> Iterator[None]:
-        """The first Ctrl-C (or SIGTERM) finishes the step and saves; the second ends at once."""
+        """The first Ctrl-C (or SIGTERM) finishes the step and saves; a further Ctrl-C ends at once.
+
+        A further SIGTERM does not: those who end jobs send it to a process and once more through its parents.
+        """
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self._stopped_at:
-                if time.monotonic() - self._stopped_at < _TOGETHER:
+                if number == signal.SIGTERM or time.monotonic() - self._stopped_at < _TOGETHER:
                     return
                 raise KeyboardInterrupt
             self._stop, self._stopped_at = True, time.monotonic()

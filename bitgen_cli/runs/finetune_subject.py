@@ -54,6 +54,7 @@ from bitgen_cli.files import atomic_path
 from bitgen_cli.presets import DEFAULT, Resolved
 from bitgen_cli.report import Report
 from bitgen_cli.runs.gen_priors import check_class, with_article
+from bitgen_cli.runs.logs import plan_logs
 from bitgen_cli.runs.recipes import subject_recipe
 from bitgen_cli.runs.subject_material import (
     class_samples,
@@ -91,6 +92,7 @@ class SubjectOptions:
         merge: a whole model folder with the subject in it is written there too.
         overwrite: whether a subject of that name may be replaced.
         device: as in engine.device.
+        logs: as in TrainOptions.
     """
 
     photos: Path
@@ -107,6 +109,7 @@ class SubjectOptions:
     merge: Path | None = None
     overwrite: bool = False
     device: str = "auto"
+    logs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,7 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
     target = registered_file(name)
     if target.exists() and not options.overwrite:
         raise UsageError(f"a subject {name} is known already", "--name gives another name, --overwrite replaces it")
+    logs = plan_logs(options.logs)
     device = prepare_device(options.device)
     run = RunFolder(options.out or _run_folder(name, fresh=target.exists()))
     run.refuse_used()
@@ -199,6 +203,7 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
             "header": header.model_dump(mode="json"),
             "config": resolved.config.model_dump(mode="json"),
             "origins": resolved.origins,
+            "logs": logs,
             "drawn_at_once": at_once,
             "first_whole_step": training.first_whole_step,
             "merge": None if options.merge is None else str(options.merge.expanduser().resolve()),

@@ -16,8 +16,10 @@ from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.trainer import Stage
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import InputError, UsageError
+from bitgen_cli.place import place
 from bitgen_cli.report import Report
 from bitgen_cli.runs.finetune_subject import VERB, SubjectResult, resume_subject
+from bitgen_cli.runs.logs import add_logs
 from bitgen_cli.runs.train import (
     TOKENIZER,
     Parts,
@@ -33,7 +35,13 @@ from bitgen_cli.runs.train import (
 
 
 def resume(
-    path: Path, report: Report, *, steps: int | None = None, device: str = "auto", strategy: str = "ddp"
+    path: Path,
+    report: Report,
+    *,
+    steps: int | None = None,
+    device: str = "auto",
+    strategy: str = "ddp",
+    logs: tuple[str, ...] = (),
 ) -> TrainResult | SubjectResult:
     """Continues a training from its last whole checkpoint.
 
@@ -46,6 +54,7 @@ def resume(
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         strategy: `ddp` or `fsdp`, where torchrun or `--devices` started several processes; how many there are, and how
             many there were before, changes nothing but the last digits.
+        logs: `tensorboard`, `wandb`: logs besides those that the run has.
 
     Raises:
         InputError: no run, no whole checkpoint, or its data or start model cannot be read.
@@ -56,7 +65,7 @@ def resume(
     """
     started = time.perf_counter()
     run = RunFolder(path)
-    description = run.description()
+    description = add_logs(run, run.description(), logs if place().rank == 0 else ())
     try:
         verb = description["verb"]
         if verb == VERB:

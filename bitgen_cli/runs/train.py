@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ from bitgen_cli.engine.transformer_stage import TransformerStage
 from bitgen_cli.errors import UsageError
 from bitgen_cli.place import place
 from bitgen_cli.report import Report
+from bitgen_cli.runs.logs import logged, plan_logs
 
 if TYPE_CHECKING:
     from bitgen_cli.presets import Resolved
@@ -60,6 +62,7 @@ class TrainOptions:
             store.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         strategy: `ddp` or `fsdp`, where torchrun or `--devices` started several processes.
+        logs: `tensorboard`, `wandb`: where measurements go besides metrics.jsonl.
     """
 
     resolved: Resolved
@@ -69,6 +72,7 @@ class TrainOptions:
     init: str | None = None
     device: str = "auto"
     strategy: str = "ddp"
+    logs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,16 +118,17 @@ def train(options: TrainOptions, report: Report) -> TrainResult:
     if stage_name == SUBJECT:
         raise UsageError("`bitgen train` does not learn subjects", "bitgen finetune-subject does")
     recipe(config, stage_name)
+    logs = plan_logs(options.logs)
     device = prepare_device(options.device)
     with joined(options.strategy, device) as ranks:
-        return _train(options, stage_name, device, ranks, report, started)
+        return _train(options, stage_name, logs, ranks, report, started)
 
 
 def _train(
-    options: TrainOptions, stage_name: str, device: torch.device, ranks: Ranks, report: Report, started: float
+    options: TrainOptions, stage_name: str, logs: dict[str, Any], ranks: Ranks, report: Report, started: float
 ) -> TrainResult:
     """A training as one of the ranks; the first one alone writes."""
-    config = options.resolved.config
+    config, device = options.resolved.config, ranks.device
     run = RunFolder(options.out)
     if ranks.first:
         run.refuse_used()
@@ -133,6 +138,7 @@ def _train(
         "stage": stage_name,
         "data": data,
         "init": options.init,
+        "logs": logs,
         "config": config.model_dump(mode="json"),
         "origins": options.resolved.origins,
     }
@@ -165,14 +171,16 @@ def fit(
 ) -> TrainResult:
     """Runs the loop to its end, from the run's last checkpoint when `resumed`."""
     loop = recipe(config, stage_name)
+    heard = 0
     try:
         trainer = Trainer(stage, loop, run, report, ranks)
         if resumed:
             saved = run.load_last(report, clean=ranks.first)
             trainer.load(saved)
             if ranks.first:
-                run.cut_log(saved.step)
-        values = trainer.fit()
+                heard = run.cut_log(saved.step)
+        with logged(run, report, trainer.progress.step, heard) if ranks.first else nullcontext():
+            values = trainer.fit()
     finally:
         stage.close()
     return TrainResult(
