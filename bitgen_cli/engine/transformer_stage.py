@@ -24,6 +24,7 @@ from bitgen_cli.engine.pyramid import ChangeBits
 from bitgen_cli.engine.sampling import generate, plan
 from bitgen_cli.engine.scales import RESOLUTIONS, Schedule, schedule
 from bitgen_cli.engine.self_correction import flipper
+from bitgen_cli.engine.sources import drawn_caption
 from bitgen_cli.engine.store import TokenStore
 from bitgen_cli.engine.text import TextEncoder
 from bitgen_cli.engine.tokenizer import Tokenizer
@@ -94,7 +95,10 @@ class TransformerStage:
         trained, held_out = split(len(store), training.validation_images, training.seed)
         self.groups = grouped(trained, store.ratio)
         self._validation = chunks(grouped(held_out, store.ratio), training.batch_size)
-        self._ids = text_encoder.tokenise(store.captions)
+        # a picture without captions is learned with an empty prompt
+        self._captions = [captions or ("",) for captions in store.captions]
+        ids = iter(text_encoder.tokenise([text for captions in self._captions for text in captions]))
+        self._ids = [[next(ids) for _ in captions] for captions in self._captions]
         self._latents = _Latents(store, device)
         shown = next(iter(self._validation or self.groups))
         self._shown = shown[:: max(1, len(shown) // GRID_COLUMNS)][:GRID_COLUMNS]
@@ -105,11 +109,16 @@ class TransformerStage:
     def loss(
         self, indices: list[int], generator: torch.Generator, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Bitwise cross-entropy of one micro-batch; caption dropout and flips come from the generator."""
+        """Bitwise cross-entropy of one micro-batch; caption dropout and flips come from the generator.
+
+        Of several captions of a picture each epoch has its own.
+        """
         dropped = torch.rand(len(indices), generator=generator) < self.training.caption_dropout
         strength = self._flip_strength(step)
         flips = flipper(strength, self.training.flip_scales, generator) if strength > 0 else None
-        loss, accuracy, per_scale = self._losses(indices, flips, dropped)
+        epoch = self._epoch(step)
+        ids = [drawn_caption(self._ids[index], self.training.seed, epoch, index) for index in indices]
+        loss, accuracy, per_scale = self._losses(indices, ids, flips, dropped)
         measured = {f"bit_accuracy/{k}": value for k, value in enumerate(accuracy.unbind())}
         return loss, measured | {f"loss/{k}": value for k, value in enumerate(per_scale.unbind())}
 
@@ -118,7 +127,8 @@ class TransformerStage:
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         for indices in self._validation:
-            loss, accuracy, per_scale = self._losses(indices, None, None)
+            ids = [self._ids[index][0] for index in indices]
+            loss, accuracy, per_scale = self._losses(indices, ids, None, None)
             measured = {"val_loss": loss.item()}
             measured |= {f"val_bit_accuracy/{k}": value for k, value in enumerate(accuracy.tolist())}
             measured |= {f"val_loss/{k}": value for k, value in enumerate(per_scale.tolist())}
@@ -130,10 +140,10 @@ class TransformerStage:
     def draw_samples(self, file: Path) -> None:
         """Stored pictures, decoded, above pictures drawn from their captions; captions.txt names those."""
         scales = self.store.schedule(self.store.ratio(self._shown[0]))
-        captions = [self.store.captions[index] for index in self._shown]
+        captions = [self._captions[index][0] for index in self._shown]
         bits = [grid.to(self.device) for grid in self.store.bits(self._shown)]
         stored = self.tokenizer.decode_bits(bits, scales)
-        text = self._features([self._ids[index] for index in self._shown])
+        text = self._features([self._ids[index][0] for index in self._shown])
         steps = plan(self.config.sampling, len(scales))
         seeds = range(len(captions))
         drawn, _ = generate(self.module.transformer, self.tokenizer, text, scales, steps, seeds)
@@ -157,14 +167,19 @@ class TransformerStage:
     def close(self) -> None:
         """Nothing works in the background."""
 
+    def _epoch(self, step: int) -> int:
+        """How often all pictures have been seen before a step."""
+        pictures = sum(len(group) for group in self.groups)
+        return step * self.training.batch_size * self.training.accumulation // pictures
+
     def _losses(
-        self, indices: list[int], flips: ChangeBits | None, dropped: Tensor | None
+        self, indices: list[int], ids: list[list[int]], flips: ChangeBits | None, dropped: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, bit accuracy per scale and loss per scale."""
+        """Loss, bit accuracy per scale and loss per scale, of pictures with the tokens of their captions."""
         scales = self.store.schedule(self.store.ratio(indices[0]))
         targets, inputs = self._teacher(indices, scales, flips)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.precision == "bf16"):
-            text = self._features([self._ids[index] for index in indices])
+            text = self._features(ids)
             if dropped is not None:
                 text = self._drop(text, dropped)
             recomputed = self.training.checkpoint_activations

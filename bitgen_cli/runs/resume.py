@@ -11,6 +11,7 @@ from bitgen_cli.config import Config
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.model_folder import load_model
 from bitgen_cli.engine.tokenizer import Tokenizer
+from bitgen_cli.engine.tokenizer_stage import TokenizerStage
 from bitgen_cli.engine.trainer import Stage
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import InputError, UsageError
@@ -22,10 +23,10 @@ from bitgen_cli.runs.train import (
     TrainResult,
     fit,
     open_store,
+    picture_source,
     prepare_device,
     recipe,
     text_encoder_for,
-    tokenizer_stage,
     transformer_stage,
 )
 
@@ -74,11 +75,13 @@ def resume(
     where = prepare_device(device)
     stage: Stage
     if stage_name == TOKENIZER:
-        stage = tokenizer_stage(config, data, Tokenizer(config.model.tokenizer), where, report)
+        root = description.get("image_root")
+        source = picture_source(config, data, None if root is None else Path(root))
+        stage = TokenizerStage(config, source, Tokenizer(config.model.tokenizer), where, report)
     else:
         model = load_model(run.start, parts=("tokenizer",))
         store = open_store(data, model)
-        text_encoder = text_encoder_for(config, run.start, store.captions, recipe(config, stage_name).seed)
+        text_encoder = text_encoder_for(config, run.start, store.texts, recipe(config, stage_name).seed)
         parts = Parts(store, model, Transformer(config.model), text_encoder)
         stage = transformer_stage(config, parts, run, where)
     if steps is not None:

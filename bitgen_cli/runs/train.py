@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitgen_cli.config import Config, LoopConfig, ModelConfig
+from bitgen_cli.engine.captions import NO_CAPTIONS
 from bitgen_cli.engine.checkpoint import RunFolder
-from bitgen_cli.engine.data import WORLD, open_source
+from bitgen_cli.engine.data_report import FILE, announce, data_report, measure
 from bitgen_cli.engine.device import keep_freed_memory, pick_device
 from bitgen_cli.engine.model_folder import (
     TEXT_FOLDER,
@@ -27,7 +28,8 @@ from bitgen_cli.engine.model_folder import (
     require_same_tokenizer,
     save_model,
 )
-from bitgen_cli.engine.scales import nearest_ratio, schedule
+from bitgen_cli.engine.scales import buckets, nearest_ratio, schedule
+from bitgen_cli.engine.sources import WORLD, PictureSource, open_source
 from bitgen_cli.engine.store import MANIFEST, TokenStore
 from bitgen_cli.engine.text import TextEncoder, load_text_encoder, new_text_encoder
 from bitgen_cli.engine.tokenizer import Tokenizer
@@ -36,6 +38,7 @@ from bitgen_cli.engine.trainer import Stage, Trainer
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.engine.transformer_stage import TransformerStage
 from bitgen_cli.errors import UsageError
+from bitgen_cli.files import write_json
 from bitgen_cli.report import Report
 
 if TYPE_CHECKING:
@@ -52,10 +55,11 @@ class TrainOptions:
         resolved: the whole configuration and where its values come from.
         stage: `tokenizer` or `transformer`; None takes the transformer for a token store, the tokenizer for
             pictures.
-        data: for the tokenizer a folder of pictures or `world:N[:SEED][:flip]`, for the transformer a token store.
+        data: for the tokenizer pictures as `open_source` reads them, for the transformer a token store.
         out: folder of the run; must be new or empty.
         init: model folder or run folder to begin with. The transformer needs the one whose tokenizer made the
             store.
+        image_root: where listed pictures are, if not beside their listing.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
     """
 
@@ -65,6 +69,7 @@ class TrainOptions:
     out: Path
     init: str | None = None
     device: str = "auto"
+    image_root: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,8 @@ def train(options: TrainOptions, report: Report) -> TrainResult:
     if stage_name == SUBJECT:
         raise UsageError("`bitgen train` does not learn subjects", "bitgen finetune-subject does")
     recipe(config, stage_name)
+    if stage_name == TRANSFORMER and options.image_root is not None:
+        raise UsageError("--image-root is for pictures", "a token store holds all that is learned from")
     device = prepare_device(options.device)
     run = RunFolder(options.out)
     run.refuse_used()
@@ -118,6 +125,7 @@ def train(options: TrainOptions, report: Report) -> TrainResult:
         "verb": "train",
         "stage": stage_name,
         "data": data,
+        "image_root": None if options.image_root is None else str(options.image_root.expanduser().resolve()),
         "init": options.init,
         "config": config.model_dump(mode="json"),
         "origins": options.resolved.origins,
@@ -125,8 +133,11 @@ def train(options: TrainOptions, report: Report) -> TrainResult:
     stage: Stage
     if stage_name == TOKENIZER:
         tokenizer = _first_tokenizer(config, options.init)
-        stage = tokenizer_stage(config, data, tokenizer, device, report)
+        source = picture_source(config, data, options.image_root)
+        announce(source, options.data, report)
+        stage = TokenizerStage(config, source, tokenizer, device, report)
         run.create(description)
+        _report_data(run, config, source, report)
     else:
         parts = _first_parts(config, data, options.init, report)
         stage = transformer_stage(config, parts, run, device)
@@ -190,14 +201,27 @@ def prepare_device(name: str) -> torch.device:
     return device
 
 
-def tokenizer_stage(
-    config: Config, data: str, tokenizer: Tokenizer, device: torch.device, report: Report
-) -> TokenizerStage:
-    """The stage that trains a tokenizer on pictures."""
+def picture_source(config: Config, data: str, image_root: Path | None) -> PictureSource:
+    """The pictures a tokenizer learns from; captions play no part."""
     scales = config.model.scales
     square = schedule(scales, patchify=config.model.transformer.patchify, ratio=nearest_ratio(1.0, scales))
-    source = open_source(data, picture_size=max(square.pixels(config.model.tokenizer.patch_size)))
-    return TokenizerStage(config, source, tokenizer, device, report)
+    size = max(square.pixels(config.model.tokenizer.patch_size))
+    return open_source(data, size, caption_key=NO_CAPTIONS, image_root=image_root)
+
+
+def _report_data(run: RunFolder, config: Config, source: PictureSource, report: Report) -> None:
+    """Says what is learned from, and writes it into the run folder."""
+    model = config.model
+    assert config.training.tokenizer is not None
+    pixels = {
+        ratio: schedule(model.scales, patchify=model.transformer.patchify, ratio=ratio).pixels(
+            model.tokenizer.patch_size
+        )
+        for ratio in buckets(model.scales, config.training.tokenizer.aspects)
+    }
+    told = data_report(source, *measure(source, report), pixels)
+    write_json(run.path / FILE, told.to_json())
+    report.notice(told.summary())
 
 
 @dataclass(frozen=True)
@@ -276,7 +300,7 @@ def _first_parts(config: Config, data: str, init: str | None, report: Report) ->
         known = None
     if known is not None:
         _load_transformer(transformer, known / TRANSFORMER_FILE, model.config, config.model)
-    return Parts(store, model, transformer, text_encoder_for(config, known, store.captions, seed))
+    return Parts(store, model, transformer, text_encoder_for(config, known, store.texts, seed))
 
 
 def _same_but_scales(found: ModelConfig, wanted: ModelConfig) -> bool:

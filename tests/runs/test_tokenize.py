@@ -12,10 +12,11 @@ from PIL import Image
 
 from bitgen_cli.config import ModelConfig, SamplingConfig
 from bitgen_cli.engine import pyramid
-from bitgen_cli.engine.data import load_picture, open_source, to_float, to_tensor
+from bitgen_cli.engine.data import load_picture, to_float, to_tensor
 from bitgen_cli.engine.losses import psnr
 from bitgen_cli.engine.model_folder import load_model, save_model
 from bitgen_cli.engine.scales import schedule
+from bitgen_cli.engine.sources import open_source
 from bitgen_cli.engine.store import StoreWriter, TokenStore
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.errors import InputError, Interrupted, ResourceError, UsageError
