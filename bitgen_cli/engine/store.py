@@ -526,7 +526,7 @@ def _read_rows(
         try:
             rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
             keys += [row["key"] for row in rows]
-            captions += [tuple(row["captions"]) for row in rows]
+            captions += [_listed(row["captions"]) for row in rows]
             sizes += [(int(row["size"][0]), int(row["size"][1])) for row in rows]
         except OSError as error:
             raise explain(error, file, "read") from error
@@ -538,6 +538,12 @@ def _read_rows(
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"the captions of the token store {path} are corrupt", "tokenize again")
     return keys, captions, sizes
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"a list is needed, not {type(value).__name__}")
+    return tuple(value)
 
 
 def _stored_schedule(schedule: Schedule) -> StoredSchedule:

@@ -372,7 +372,9 @@ def _header(
     )
 
 
-def _report_on(photos: Sequence[Image.Image], source: FileSource, training: SubjectTraining, model: Model) -> DataReport:
+def _report_on(
+    photos: Sequence[Image.Image], source: FileSource, training: SubjectTraining, model: Model
+) -> DataReport:
     """What the photos are and what is cut off them."""
     assert model.text_encoder is not None
     keys = [source.key(index) for index in range(len(source))]
