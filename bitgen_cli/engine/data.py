@@ -28,7 +28,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 MAX_BYTES = 1 << 29
 """Largest picture file that is read: more than a bitmap of as many pixels as Pillow allows."""
-MAX_ENLARGED = 16
+MAX_ENLARGED = 64
 """Pictures are cropped before they are resized where that would make more than so many times the pixels needed."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
