@@ -186,11 +186,11 @@ def _look(entries: Sequence[os.DirEntry[str]], below: str, waiting: list[str], f
             continue
         stem, suffix = os.path.splitext(name)
         kind = suffix.lower()
-        if entry.is_symlink() and entry.is_dir():
+        if entry.is_symlink() and os.path.isdir(entry.path):
             found.linked_folders.append(below + name)
         elif kind in SUFFIXES and _is_file(entry):
             pictures.append((stem, entry))
-        elif suffix in TEXT_SUFFIXES and entry.is_file():
+        elif suffix in TEXT_SUFFIXES and _is_file(entry):
             if not entry.is_symlink() or fence.holds(entry.path, is_link=True):
                 texts.add(name)
         else:
@@ -206,8 +206,10 @@ def _look(entries: Sequence[os.DirEntry[str]], below: str, waiting: list[str], f
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether it may be read as a picture; a link that leads nowhere is one, so that it is named."""
-    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    """Whether it may be read; a link that leads nowhere may, so that it is named."""
+    if entry.is_symlink():
+        return os.path.isfile(entry.path) or not os.path.exists(entry.path)
+    return entry.is_file()
 
 
 def folder_source(folder: Path, found: Found, caption_key: str | None) -> FileSource:
@@ -223,7 +225,7 @@ def folder_source(folder: Path, found: Found, caption_key: str | None) -> FileSo
         layout = f"plain folder, {len(files)} pictures; captions are not read"
         return FileSource(folder, files, layout, found.remarks(), outside=outside, choice=", without captions")
     captioned = sum(1 for beside in texts if beside)
-    classes = [class_of(name) for name in files]
+    classes = _classes(files)
     known = [name for name in classes if name is not None]
     if len(known) < len(files) or len(set(known)) < 2 or captioned == len(files):
         kinds = " or ".join(sorted({beside for beside in texts if beside}, key=TEXT_SUFFIXES.index))
@@ -236,6 +238,18 @@ def folder_source(folder: Path, found: Found, caption_key: str | None) -> FileSo
     remarks = (*found.remarks(), f"--caption-key {NO_CAPTIONS} if the folders' names are no captions")
     given = tuple((name,) for name in known)
     return FileSource(folder, files, layout, remarks, given, texts, outside)
+
+
+def _classes(files: Sequence[str]) -> list[str | None]:
+    """The class of each file, thought about once for each folder."""
+    known: dict[str, str | None] = {}
+    found = []
+    for file in files:
+        folder = file[: file.rfind("/") + 1]
+        if folder not in known:
+            known[folder] = class_of(file)
+        found.append(known[folder])
+    return found
 
 
 def class_of(file: str) -> str | None:

@@ -267,7 +267,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise InputError(f"{where}: more fields than line 1 has", 'put captions with commas into "quotes"')
             yield where, {name: value for name, value in row.items() if value is not None}
     except csv.Error as error:
-        raise InputError(f"{file}, line {reader.line_num}: {error}") from error
+        raise InputError(f"{file}, line {reader.line_num + 1}: {error}") from error
 
 
 def _lines(file: Path) -> Iterator[str]:

@@ -6,13 +6,13 @@ import difflib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitgen_cli.engine.archives import COMPRESSED
 from bitgen_cli.engine.data import SUFFIXES
-from bitgen_cli.engine.folders import FileSource, Found, shown
+from bitgen_cli.engine.folders import NAMED, FileSource, Found, shown
 from bitgen_cli.engine.listings import METADATA, is_split
 from bitgen_cli.errors import InputError
 from bitgen_cli.files import explain
@@ -47,13 +47,13 @@ class TopLevel:
 
 def top_level(folder: Path) -> TopLevel:
     """What data set files a folder holds."""
-    files = _files(folder)
+    files = _files(folder, (*ARCHIVES, *LISTINGS))
     archives = [file for file in files if file.suffix.lower() in ARCHIVES]
     if not archives and (folder / "data").is_dir():
-        archives = [file for file in _files(folder / "data") if file.suffix.lower() == ".parquet"]
+        archives = _files(folder / "data", (".parquet",))
     coco = [file for file in files if _is_coco(file)]
     if not coco and (folder / ANNOTATIONS).is_dir():
-        coco = [file for file in _files(folder / ANNOTATIONS) if _is_coco(file)]
+        coco = [file for file in _files(folder / ANNOTATIONS, LISTINGS) if _is_coco(file)]
     splits = [file for file in files if is_split(file)]
     known = {*splits, *coco}
     listings = [file for file in files if file.suffix.lower() in LISTINGS and file not in known]
@@ -117,22 +117,22 @@ def with_remarks(source: FileSource, folder: Path, sets: TopLevel) -> FileSource
         real = folder.resolve()
         above = [real.parent / name for name in METADATA if (real.parent / name).is_file()]
         coco = real.parent / ANNOTATIONS / f"captions_{real.name}.json"
-        if above:
+        if 0 < len(sets.listings) <= NAMED:
+            remarks.append(f"captions may be in {sets.listings[0]}: give that file for them")
+        elif above:
             remarks.append(f"captions may be in {above[0]}: give {real.parent} for them")
         elif coco.is_file():
             remarks.append(f"captions may be in {coco}: give that file for them")
-        elif sets.listings:
-            remarks.append(f"captions may be in {sets.listings[0]}: give that file for them")
     return replace(source, remarks=tuple(remarks))
 
 
 def no_pictures(folder: Path, found: Found) -> tuple[str, str]:
     """Message and hint for a folder without pictures."""
     said = f"no pictures in {folder}"
-    packed = [file for file in _files(folder) if file.name.lower().endswith(COMPRESSED)]
+    packed = _files(folder, COMPRESSED)
     if packed:
         return said, f"unpack {packed[0].name} first: compressed archives are not read"
-    listings = [file for file in _files(folder) if file.suffix.lower() in LISTINGS]
+    listings = _files(folder, LISTINGS)
     if listings:
         return said, f"give {listings[0]} itself, with --image-root where its pictures are elsewhere"
     there = f"; there are {_counts(found)}" if found.others else ""
@@ -197,20 +197,21 @@ def _pattern(files: Sequence[Path]) -> str:
 
 
 def _is_coco(file: Path) -> bool:
-    return file.suffix.lower() == ".json" and file.stem.lower().partition("_")[0] == "captions"
+    return file.suffix.lower() == ".json" and file.stem.lower().startswith("captions")
 
 
 def _holds_pictures(folder: Path) -> bool:
-    return any(file.suffix.lower() in SUFFIXES for file in _files(folder))
+    return any(entry.name.lower().endswith(SUFFIXES) for entry in _entries(folder))
 
 
 def _counts(found: Found) -> str:
     return ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in found.others.most_common(5))
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files right in a folder that are not hidden, by name."""
-    return sorted(Path(entry.path) for entry in _entries(folder) if entry.is_file())
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files right in a folder whose names end so and that are not hidden, by name."""
+    names = (entry.name for entry in _entries(folder) if entry.name.lower().endswith(suffixes))
+    return [folder / name for name in sorted(names) if os.path.isfile(folder / name)]
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -225,9 +226,9 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(found[:_MOST])
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
+            yield from (entry for entry in entries if not entry.name.startswith("."))
     except OSError as error:
         raise explain(error, folder, "read") from error

@@ -99,8 +99,8 @@ def open_source(
     """
     if data.startswith(WORLD):
         return _open_world(data, picture_size)
-    path = Path(data).expanduser()
-    root = None if image_root is None else image_root.expanduser()
+    path = Path(os.path.expanduser(data))
+    root = None if image_root is None else Path(os.path.expanduser(image_root))
     if root is not None and not os.path.isdir(root):
         raise InputError(f"the image root {root} is no folder", near_misses.similar(root))
     if os.path.isdir(path):
