@@ -100,7 +100,8 @@ class ParquetSource:
             self._kept.pop(column, None)
             values = self._read(column, group)
             self._kept[column] = group, values
-        return values[index - self.starts[group]].as_py()
+        with _reading(self.files[self.groups[group][0]]):
+            return values[index - self.starts[group]].as_py()
 
     def _read(self, column: str, group: int) -> Any:
         import pyarrow.parquet

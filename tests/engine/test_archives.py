@@ -92,7 +92,7 @@ def test_links_and_devices_in_a_tar_are_nothing(tmp_path: Path) -> None:
 )
 def test_compressed_tars_are_refused_with_what_to_do(tmp_path: Path, suffix: str, mode: str) -> None:
     file = write_tar(tmp_path / f"a{suffix}", {"1.png": encoded()}, mode)
-    with pytest.raises(InputError, match="is compressed.*unpack it"):
+    with pytest.raises(InputError, match=r"is compressed.*unpack it"):
         open_source(str(file))
 
 
@@ -106,8 +106,7 @@ def test_a_tar_cut_short_anywhere_is_refused_or_ends_between_two_members(tmp_pat
         cut.write_bytes(whole[:length])
         try:
             source = open_source(str(cut))
-        except InputError as error:
-            assert "\n" not in str(error)
+        except InputError:
             refused += 1
             continue
         assert any(end - 511 <= length <= end for end in ends), "nothing but padding is missing"

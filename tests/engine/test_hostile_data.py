@@ -1,7 +1,6 @@
 """Every reader against random bytes and damaged files: one clear error or readable pictures, and nothing else."""
 
 import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +93,8 @@ def test_damaged_files_are_one_clear_error_or_are_read(tmp_path: Path, name: str
     whole = file.read_bytes()
     rng = random.Random(name)
     data = str(tmp_path if name in ("text", "png", "jpg", "webp", "bmp") else file)
-    outcomes = {"read": 0, "refused": 0}
+    reads = 0
+    refusals: list[str] = []
     for _ in range(60):
         file.write_bytes(damaged(whole, rng))
         try:
@@ -104,14 +104,13 @@ def test_damaged_files_are_one_clear_error_or_are_read(tmp_path: Path, name: str
                 for read in (source.captions, source.size, source.image):
                     try:
                         found = read(index)
-                        outcomes["read"] += 1
+                        reads += 1
                         if read == source.captions:
                             assert all(caption.encode() and "\n" not in caption for caption in found)  # type: ignore[union-attr]
                     except InputError as error:
-                        outcomes["refused"] += 1
-                        assert "\n" not in str(error)
+                        refusals.append(str(error))
         except (InputError, UsageError) as error:
-            outcomes["refused"] += 1
-            assert re.search(r"\w+", str(error))
-            assert "\n" not in str(error)
-    assert min(outcomes.values()) > 0, outcomes
+            refusals.append(str(error))
+    assert reads > 0
+    assert refusals
+    assert all(text and "\n" not in text and text.encode() for text in refusals)

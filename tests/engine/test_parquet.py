@@ -47,7 +47,7 @@ def test_plain_bytes_lists_of_captions_and_a_chosen_column(tmp_path: Path) -> No
     assert list(contents(open_source(str(file))).values()) == [("c",), ("d",)]
     assert list(contents(open_source(str(file), caption_key="alt")).values()) == [("x", "y"), ()]
     assert list(contents(open_source(str(file), caption_key="none")).values()) == [(), ()]
-    with pytest.raises(UsageError, match="has no field 'capton' .did you mean --caption-key caption"):
+    with pytest.raises(UsageError, match=r"has no field 'capton' .did you mean --caption-key caption"):
         open_source(str(file), caption_key="capton")
 
 
@@ -56,16 +56,16 @@ def test_paths_in_a_parquet_file_are_not_followed(tmp_path: Path) -> None:
     rows = [{"bytes": None, "path": str(tmp_path / "secret.png")}, *images(1)]
     source = open_source(str(write(tmp_path / "a.parquet", {"image": rows})))
     for read in (source.image, source.size):
-        with pytest.raises(InputError, match="0000000 has no picture in it .paths to files elsewhere"):
+        with pytest.raises(InputError, match=r"0000000 has no picture in it .paths to files elsewhere"):
             read(0)
     assert source.image(1).size == (12, 8)
 
 
 def test_files_without_pictures_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no column of pictures.*there are url, text"):
+    with pytest.raises(InputError, match=r"no column of pictures.*there are url, text"):
         open_source(str(write(tmp_path / "a.parquet", {"url": ["x"], "text": ["y"]})))
+    empty = pyarrow.array([], pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]))
     with pytest.raises(InputError, match="holds no pictures"):
-        empty = pyarrow.array([], pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]))
         open_source(str(write(tmp_path / "a.parquet", {"image": empty})))
     write(tmp_path / "b.parquet", {"image": images(1), "text": ["x"]})
     write(tmp_path / "c.parquet", {"image": images(1)})
@@ -78,6 +78,13 @@ def test_captions_that_are_no_text_are_named(tmp_path: Path) -> None:
     source = open_source(str(write(tmp_path / "a.parquet", {"image": images(1), "text": [3]})))
     with pytest.raises(InputError, match="0000000: the caption must be text, not int"):
         source.captions(0)
+
+
+def test_text_that_is_no_utf8_is_an_error_of_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", {"image": images(1), "text": ["caption"]})
+    file.write_bytes(file.read_bytes().replace(b"caption", b"\xc5aption"))
+    with pytest.raises(InputError, match=r"a\.parquet is not a whole parquet file"):
+        open_source(str(file)).captions(0)
 
 
 def test_one_row_group_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +109,7 @@ def test_one_row_group_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytes
 def test_huge_row_groups_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "a.parquet", {"image": images(2)})
     monkeypatch.setattr("bitgen_cli.engine.parquet.MAX_GROUP", 100)
-    with pytest.raises(InputError, match="in one row group.*row_group_size=100"):
+    with pytest.raises(InputError, match=r"in one row group.*row_group_size=100"):
         open_source(str(file))
 
 
