@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_sets import contents, encoded, picture, write_tar
 
 from bitgen_cli.engine.archives import TarSource
 from bitgen_cli.engine.sources import PictureSource, open_source
 from bitgen_cli.errors import InputError, UsageError
-from tests.engine.data_sets import contents, encoded, picture, write_tar
 
 
 def shard(file: Path, count: int = 3, first: int = 0) -> Path:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from data_sets import put, write_lines
 from tokenizers import Tokenizer
 
 from bitgen_cli.config import ScalesConfig
@@ -12,7 +13,6 @@ from bitgen_cli.engine.sources import open_source
 from bitgen_cli.engine.text import find_vocabulary, new_vocabulary
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Silent
-from tests.engine.data_sets import put, write_lines
 
 PIXELS = {0.5: (32, 64), 1.0: (64, 64)}
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_sets import contents, put, write_lines
 
 from bitgen_cli.engine.folders import class_of
 from bitgen_cli.engine.sources import open_source
 from bitgen_cli.errors import InputError
-from tests.engine.data_sets import contents, put, write_lines
 
 
 def test_a_folder_is_read_recursively_sorted_without_hidden_files(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from data_sets import encoded, picture, put, write_coco, write_lines, write_tar
 
 from bitgen_cli.engine.sources import open_source
 from bitgen_cli.errors import InputError, UsageError
-from tests.engine.data_sets import encoded, picture, put, write_coco, write_lines, write_tar
 
 
 def jsonl(folder: Path) -> Path:

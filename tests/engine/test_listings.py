@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from data_sets import contents, put, write_coco, write_lines
 
 from bitgen_cli.engine.sources import open_source
 from bitgen_cli.errors import InputError
-from tests.engine.data_sets import contents, put, write_coco, write_lines
 
 # -- metadata ----------------------------------------------------------------------------------------------------------
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_sets import contents, encoded, picture
 
 from bitgen_cli.engine.sources import open_source
 from bitgen_cli.errors import InputError, UsageError
-from tests.engine.data_sets import contents, encoded, picture
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

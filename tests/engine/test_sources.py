@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_sets import contents, encoded, picture, put, write_coco, write_lines, write_tar
 
 from bitgen_cli.engine.sources import drawn_caption, open_source
 from bitgen_cli.errors import InputError, UsageError
-from tests.engine.data_sets import contents, encoded, picture, put, write_coco, write_lines, write_tar
 
 
 def make(kind: str, folder: Path) -> None:

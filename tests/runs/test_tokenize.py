@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_sets import write_coco, write_tar
 from PIL import Image
 
 from bitgen_cli.config import ModelConfig, SamplingConfig
@@ -23,7 +24,6 @@ from bitgen_cli.errors import InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs import tokenize as module
 from bitgen_cli.runs.tokenize import TokenizeOptions, tokenize
-from tests.engine.data_sets import write_coco, write_tar
 
 NAMES = {0: "000.png", 1: "001.png", 2: "002.png"}
 
