@@ -92,6 +92,13 @@ Strategy = Annotated[
 Dtype = Annotated[str, _option("DTYPE", "auto, fp32, bf16 or fp16.", _COMPUTING)]
 Model = Annotated[str, _option("MODEL", "A model folder, a run folder, or demo, the built-in model.")]
 Resolution = Annotated[str | None, _option("RESOLUTION", "Pixel budget: 0.06M, 0.25M, 0.60M or 1M.")]
+Aspects = Annotated[
+    str | None,
+    _option("SHAPES", "Crop pictures to these shapes alone, for example 1:1,16:9.", names=("--aspect",)),
+]
+ImageRoot = Annotated[
+    Path | None, _option("FOLDER", "Where the pictures of a listing are, if not beside it; links may lead there.")
+]
 Overrides = Annotated[
     list[str] | None,
     _option(
@@ -283,11 +290,21 @@ def sample(
 @app.command(cls=_Command)
 def tokenize(
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="A folder of pictures, or world:N for the demo world.")
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="A folder of pictures or tars, a .jsonl, .csv, .json, .tar or .parquet file, or world:N.",
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the token store.")],
     model: Model = "demo",
     resolution: Resolution = None,
+    aspect: Aspects = None,
+    caption_key: Annotated[
+        str | None,
+        _option("FIELD", "Field or column that holds the captions; none reads no captions."),
+    ] = None,
+    image_root: ImageRoot = None,
     latents: Annotated[
         bool,
         _flag(
@@ -324,6 +341,9 @@ def tokenize(
         device=device,
         dtype=dtype,
         workers=workers,
+        aspects=_shapes(aspect),
+        caption_key=caption_key,
+        image_root=image_root,
     )
     with console.listening() as report:
         result = encode(options, report)
@@ -362,6 +382,8 @@ def train(
         str | None,
         _option("MODEL", "Start from this model; a transformer needs the one its store was made with."),
     ] = None,
+    aspect: Aspects = None,
+    image_root: ImageRoot = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     sweep: Sweep = None,
@@ -395,13 +417,17 @@ def train(
 
     given = {"steps": steps, "batch_size": batch_size, "seed": seed}
     flags: dict[str, Any] = {}
-    if any(value is not None for value in given.values()):
+    if aspect is not None or any(value is not None for value in given.values()):
         section = stage
         if section is None:
             from bitgen_cli.runs.train import stage_for
 
             section = stage_for(data)
+        if aspect is not None and section != "tokenizer":
+            raise UsageError("--aspect is for pictures", "a token store has the shapes `bitgen tokenize` was told")
         flags = {f"training.{section}.{name}": value for name, value in given.items() if value is not None}
+    if aspect is not None:
+        flags["training.tokenizer.aspects"] = list(_shapes(aspect))
     if sweep is not None:
         from bitgen_cli.runs.sweep import SweepOptions, combinations
 
@@ -424,6 +450,7 @@ def train(
         init=init,
         device=device,
         strategy=strategy,
+        image_root=image_root,
         logs=tuple(logs or ()),
     )
     with console.listening() as report:
@@ -432,6 +459,11 @@ def train(
         console.show_json(result.to_json())
     else:
         console.show_training(result)
+
+
+def _shapes(text: str | None) -> tuple[str, ...]:
+    """Shapes W:H with commas between them."""
+    return tuple(part.strip() for part in text.split(",")) if text else ()
 
 
 @app.command("finetune-subject", cls=_Command)

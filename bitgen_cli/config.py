@@ -362,6 +362,9 @@ class TokenizerTraining(LoopConfig):
     picture_cache: NonNegativeFloat = Field(
         default=2.0, description="GiB of memory for pictures already read"
     )
+    aspects: list[Annotated[str, Field(pattern=r"^[0-9]{1,6}:[0-9]{1,6}$")]] = Field(
+        default=[], description="shapes W:H that pictures are cropped to, the nearest one each; empty is all of them"
+    )
 
 
 ScaleWeighting = Literal["positions", "published", "scales"]

@@ -39,6 +39,7 @@ from bitgen_cli.report import Silent
 if TYPE_CHECKING:
     from PIL import Image
 
+    from bitgen_cli.engine.data_report import CaptionCounts
     from bitgen_cli.report import Report, Table, Task
     from bitgen_cli.runs.finetune_subject import SubjectResult
     from bitgen_cli.runs.gen_priors import PriorResult
@@ -53,6 +54,10 @@ PREVIEW_COLUMNS = 48
 """Widest picture in the terminal, in characters."""
 PREVIEW_PICTURES = 4
 """Most pictures shown beside each other."""
+WORST, NAMED = 5, 10
+"""Pictures named of which most is cut off, and of those that were skipped."""
+MUCH = 0.2
+"""Share of a picture that is named when it is cut off."""
 CHANCE = 0.5
 """Accuracy of a bit that is guessed."""
 
@@ -349,12 +354,11 @@ def show_store(result: TokenizeResult) -> None:
     }
     if result.bad:
         facts["skipped"] = str(len(result.bad))
-    if result.without_caption:
-        facts["without caption"] = str(result.without_caption)
-    for entry in result.ratios:
-        facts[f"ratio {entry.ratio:g}"] = (
-            f"{entry.count} pictures of {entry.positions} positions, {entry.bits} bits"
-        )
+    facts["data"] = result.report.layout
+    if result.report.captions is not None:
+        facts["captions"] = captions_line(result.report.captions)
+    if result.report.misclaimed:
+        facts["wrong shape"] = f"{_pictures(result.report.misclaimed)} another shape than the data says"
     facts["per picture"] = (
         f"{result.bits_per_image:.0f} bits, {result.bytes_per_image:.0f} bytes in the store"
     )
@@ -364,6 +368,60 @@ def show_store(result: TokenizeResult) -> None:
     if result.added:
         facts["took"] += f", {result.images_per_second:.1f} img/s"
     _show_facts(facts)
+    print()
+    show_tables(_store_tables(result))
+
+
+def captions_line(counts: CaptionCounts) -> str:
+    """What there is of captions, in one line."""
+    parts = [str(counts.count)]
+    if counts.several:
+        parts.append(f"{_pictures(counts.several)} several")
+    if counts.missing:
+        parts.append(f"{_pictures(counts.missing)} none")
+    if counts.cut is None and counts.count:
+        parts.append(f"unknown how many have more than {counts.limit} tokens: there is no text encoder yet")
+    elif counts.cut:
+        verb = "is" if counts.cut == 1 else "are"
+        parts.append(f"{counts.cut} {verb} cut after {counts.limit} tokens (the longest has {counts.longest})")
+    return "; ".join(parts)
+
+
+def _pictures(count: int) -> str:
+    return "1 picture has" if count == 1 else f"{count} pictures have"
+
+
+def _store_tables(result: TokenizeResult) -> list[Table]:
+    """Shapes; which pictures lose most, have their captions cut, or were skipped."""
+    from bitgen_cli.report import Table
+
+    told = result.report
+    sizes = {entry.ratio: entry for entry in result.ratios}
+    rows = [
+        [
+            bucket.aspect,
+            f"{bucket.width} x {bucket.height}",
+            str(bucket.count),
+            f"{100 * bucket.cropped:.1f} %",
+            str(bucket.enlarged or ""),
+            str(sizes[bucket.ratio].positions),
+            str(sizes[bucket.ratio].bits),
+        ]
+        for bucket in told.buckets
+    ]
+    heads = ["shape", "pixels", "pictures", "cut off", "enlarged", "positions", "bits"]
+    tables = [Table("shapes", heads, rows)]
+    worst = [[entry.key, f"{100 * entry.share:.1f} %"] for entry in told.most_cropped[:WORST] if entry.share >= MUCH]
+    if worst:
+        tables.append(Table("most is cut off", ["picture", "share"], worst))
+    if told.captions is not None and told.captions.cut_of:
+        tables.append(Table("captions that are cut", ["picture"], [[key] for key in told.captions.cut_of[:WORST]]))
+    if told.bad:
+        more = len(told.bad) - NAMED
+        bad = [[entry.key, entry.reason] for entry in told.bad[:NAMED]]
+        bad += [[f"and {more} more", "in data_report.json"]] if more > 0 else []
+        tables.append(Table("skipped", ["picture", "reason"], bad))
+    return tables
 
 
 def show_training(result: TrainResult) -> None:
@@ -470,13 +528,13 @@ def _draw(table: Table) -> RichTable:
     for column in table.columns:
         drawn.add_column(column, overflow="fold")
     for row in table.rows:
-        drawn.add_row(*(Text(cell) for cell in row))
+        drawn.add_row(*(Text(harmless(cell)) for cell in row))
     return drawn
 
 
 def plain_table(table: Table) -> str:
     """The table as text: title, heads, rows, columns two spaces apart."""
-    rows = [table.columns, *table.rows]
+    rows = [table.columns, *([harmless(cell) for cell in row] for row in table.rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -544,7 +602,7 @@ def is_terminal(console: Console) -> bool:
 def _show_facts(facts: Mapping[str, str]) -> None:
     width = max(len(name) for name in facts)
     for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {harmless(value)}")
 
 
 def _console(stream: TextIO) -> Console:
@@ -553,11 +611,16 @@ def _console(stream: TextIO) -> Console:
 
 
 def _say(console: Console, kind: str, style: str, text: str) -> None:
-    console.print(Text.assemble((f"{kind}: ", style), text), soft_wrap=True, highlight=False)
+    console.print(Text.assemble((f"{kind}: ", style), harmless(text)), soft_wrap=True, highlight=False)
+
+
+def harmless(text: str) -> str:
+    """The text with what is no character to be seen written out: a file's name cannot command the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _print_error_line(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(harmless(line), file=sys.stderr, flush=True)
 
 
 def _in_line(key: str) -> bool:

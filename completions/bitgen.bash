@@ -36,16 +36,21 @@ _bitgen() {
         'sample --set') words='' paths= ;;
         'tokenize --model') words='demo' paths=folders ;;
         'tokenize --resolution') words='0.06M 0.25M 0.60M 1M' paths= ;;
+        'tokenize --aspect') words='' paths= ;;
+        'tokenize --caption-key') words='' paths= ;;
+        'tokenize --image-root') words='' paths=folders ;;
         'tokenize --reconstruct') words='' paths= ;;
         'tokenize --batch-size') words='' paths= ;;
         'tokenize --workers') words='' paths= ;;
         'tokenize --device') words='auto cpu cuda mps' paths= ;;
         'tokenize --dtype') words='auto fp32 bf16 fp16' paths= ;;
-        'train --data') words='' paths=folders ;;
+        'train --data') words='' paths=files ;;
         'train --out') words='' paths=folders ;;
         'train --preset') words='16bit 32bit 64bit demo infinity-2b infinity-8b layer16 layer24 layer32 layer40 layer48' paths= ;;
         'train --stage') words='tokenizer transformer' paths= ;;
         'train --init') words='demo' paths=folders ;;
+        'train --aspect') words='' paths= ;;
+        'train --image-root') words='' paths=folders ;;
         'train --config') words='' paths=files ;;
         'train --set') words='' paths= ;;
         'train --sweep') words='print run' paths= ;;
@@ -98,8 +103,8 @@ _bitgen() {
             case $command in
                 '') words='sample tokenize train finetune-subject gen-priors resume inspect-config' options='--version --help -h' ;;
                 sample) words='' paths= options='--model --num-images -n --prompts --seed --cfg --cfg-layer --tau --top-k --top-p --greedy --negative-prompt --aspect --resolution --subject --output -o --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --set --help -h' ;;
-                tokenize) words='' paths=folders options='--model --resolution --latents --no-latents --reconstruct --json --batch-size --workers --device --dtype --help -h' ;;
-                train) words='' paths= options='--data --out --preset --stage --init --config --set --sweep --steps --batch-size --seed --log --device --devices --strategy --json --help -h' ;;
+                tokenize) words='' paths=files options='--model --resolution --aspect --caption-key --image-root --latents --no-latents --reconstruct --json --batch-size --workers --device --dtype --help -h' ;;
+                train) words='' paths= options='--data --out --preset --stage --init --aspect --image-root --config --set --sweep --steps --batch-size --seed --log --device --devices --strategy --json --help -h' ;;
                 finetune-subject) words='' paths=folders options='--class --token --name --model --out --overwrite --merge --subject --train --prior --prior-weight --priors --flip --no-flip --resolution --preset --config --set --sweep --steps --seed --log --device --json --help -h' ;;
                 gen-priors) words='' paths= options='--class --count --model --template --seed --output -o --json --batch-size --device --dtype --set --help -h' ;;
                 resume) words='' paths=folders options='--steps --log --device --devices --strategy --json --help -h' ;;

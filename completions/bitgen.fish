@@ -37,9 +37,12 @@ complete -c bitgen -n '__fish_seen_subcommand_from sample' -l dtype -r -f -a 'au
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l set -r -f -d 'Set a configuration value, for example sampling.cfg=4. May be repeated'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l help -s h -d 'Show the help'
 
-complete -c bitgen -n '__fish_seen_subcommand_from tokenize' -f -a '(__fish_complete_directories)'
+complete -c bitgen -n '__fish_seen_subcommand_from tokenize' -F
 complete -c bitgen -n '__fish_seen_subcommand_from tokenize' -l model -r -f -a 'demo (__fish_complete_directories)' -d 'A model folder, a run folder, or demo, the built-in model'
 complete -c bitgen -n '__fish_seen_subcommand_from tokenize' -l resolution -r -f -a '0.06M 0.25M 0.60M 1M' -d 'Pixel budget: 0.06M, 0.25M, 0.60M or 1M'
+complete -c bitgen -n '__fish_seen_subcommand_from tokenize' -l aspect -r -f -d 'Crop pictures to these shapes alone, for example 1:1,16:9'
+complete -c bitgen -n '__fish_seen_subcommand_from tokenize' -l caption-key -r -f -d 'Field or column that holds the captions; none reads no captions'
+complete -c bitgen -n '__fish_seen_subcommand_from tokenize' -l image-root -r -f -a '(__fish_complete_directories)' -d 'Where the pictures of a listing are, if not beside it; links may lead there'
 complete -c bitgen -n '__fish_seen_subcommand_from tokenize' -l latents -d 'Keep the latents too, which training with flipped bits needs to be exact'
 complete -c bitgen -n '__fish_seen_subcommand_from tokenize' -l no-latents -d 'Not: Keep the latents too, which training with flipped bits needs to be exact'
 complete -c bitgen -n '__fish_seen_subcommand_from tokenize' -l reconstruct -r -f -d 'Decode N pictures again, beside their originals, and measure PSNR and SSIM'
@@ -50,11 +53,13 @@ complete -c bitgen -n '__fish_seen_subcommand_from tokenize' -l device -r -f -a 
 complete -c bitgen -n '__fish_seen_subcommand_from tokenize' -l dtype -r -f -a 'auto fp32 bf16 fp16' -d 'auto, fp32, bf16 or fp16'
 complete -c bitgen -n '__fish_seen_subcommand_from tokenize' -l help -s h -d 'Show the help'
 
-complete -c bitgen -n '__fish_seen_subcommand_from train' -l data -r -f -a '(__fish_complete_directories)' -d 'A token store; for a tokenizer a folder of pictures or world:N'
+complete -c bitgen -n '__fish_seen_subcommand_from train' -l data -r -F -d 'A token store; for a tokenizer a folder of pictures or world:N'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l out -r -f -a '(__fish_complete_directories)' -d 'Folder of the run, new or empty'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l preset -r -f -a '16bit 32bit 64bit demo infinity-2b infinity-8b layer16 layer24 layer32 layer40 layer48' -d 'The model and its recipe'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l stage -r -f -a 'tokenizer transformer' -d 'tokenizer or transformer; without it, what DATA is for'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l init -r -f -a 'demo (__fish_complete_directories)' -d 'Start from this model; a transformer needs the one its store was made with'
+complete -c bitgen -n '__fish_seen_subcommand_from train' -l aspect -r -f -d 'Crop pictures to these shapes alone, for example 1:1,16:9'
+complete -c bitgen -n '__fish_seen_subcommand_from train' -l image-root -r -f -a '(__fish_complete_directories)' -d 'Where the pictures of a listing are, if not beside it; links may lead there'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l config -r -F -d 'A YAML file with values that replace the preset\'s'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l set -r -f -d 'Set a configuration value, for example sampling.cfg=4. May be repeated'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l sweep -r -f -a 'print run' -d 'Try every combination of the values of keys that --set names several times: print shows the commands, run trains one after the other, in folders below --out'

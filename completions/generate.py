@@ -35,6 +35,7 @@ def kinds() -> dict[str, Kind]:
     """What each metavar of bitgen_cli/app.py stands for."""
     presets = tuple(preset_names())
     free = ("N", "P", "SEED", "NUMBERS", "TEXT", "W:H", "KEY=VALUE", "PROMPT...", "WORD", "TOKEN", "NAME", "WEIGHT")
+    free += ("SHAPES", "FIELD")
     anything = {name: Kind() for name in free}
     return anything | {
         "PRESET": Kind(presets),
@@ -42,8 +43,8 @@ def kinds() -> dict[str, Kind]:
         "FILE": Kind(paths="files"),
         "PATH": Kind(paths="files"),
         "MODEL": Kind(("demo",), "folders"),
-        "DATA": Kind(paths="folders"),
-        "STORE": Kind(paths="folders"),
+        "DATA": Kind(paths="files"),
+        "STORE": Kind(paths="files"),
         "OUT": Kind(paths="folders"),
         "FOLDER": Kind(paths="folders"),
         "PHOTOS": Kind(paths="folders"),

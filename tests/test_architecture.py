@@ -107,7 +107,7 @@ def test_the_engine_takes_pictures_of_the_demo_world_in_one_place() -> None:
     users = {
         name for name, path in modules().items() if room(name) == "engine" and "demo.world" in imports(path)
     }
-    assert users == {"engine.data"}
+    assert users == {"engine.sources"}
 
 
 @pytest.mark.parametrize("name", sorted(ENGINE_ORDER))

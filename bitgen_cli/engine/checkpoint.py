@@ -293,9 +293,9 @@ class RunFolder:
         Raises:
             InputError: there is none: a run is never started afresh instead.
         """
-        for leftover in self._checkpoints.glob(f".*{PARTIAL}") if clean else ():
+        for leftover in list(self.path.rglob(f".*{PARTIAL}")) if clean else ():
             report.notice(f"{leftover.name} was never finished; removed")
-            shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         for step in reversed(self.steps()):
             try:
                 return _open(self.checkpoint(step))

@@ -1,65 +1,45 @@
-"""Pictures in: folders and the demo world, read safely, turned into tensors; and pictures out.
+"""Picture files read safely and turned into tensors; and pictures out. Where they come from: sources.py.
 
 Image transform: INFINITY_FORMAT section 6 (resize to cover with LANCZOS, centre crop).
 """
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from bitgen_cli.errors import InputError, UsageError
+from bitgen_cli.errors import InputError
 from bitgen_cli.files import atomic_path, explain
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 """File names that count as pictures, in any case."""
 
-METADATA = "metadata.jsonl"
-CAPTION_KEYS = ("text", "caption", "prompt")
-WORLD, FLIP = "world:", ":flip"
+MAX_BYTES = 1 << 29
+"""Largest picture file that is read: more than a bitmap of as many pixels as Pillow allows."""
+MAX_ENLARGED = 64
+"""Pictures are cropped before they are resized where that would make more than so many times the pixels needed."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error)
 """What Pillow's decoders raise for damaged files; all of it means the same to the user."""
 
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_MAX_EXIF = 1 << 20
 _EXIF_ORIENTATION = 0x0112
 _LYING = (5, 6, 7, 8)
 """Orientations whose width and height are exchanged when the picture is turned upright."""
-
-
-class PictureSource(Protocol):
-    """Pictures with captions, by index. Every part is a pure function of the index."""
-
-    @property
-    def name(self) -> str:
-        """What the pictures are, in words; equal for equal sources."""
-
-    def __len__(self) -> int: ...
-
-    def key(self, index: int) -> str:
-        """A name that stays the same from run to run, unlike every other picture's."""
-
-    def caption(self, index: int) -> str:
-        """Its caption; empty when it has none. Raises InputError when it cannot be read."""
-
-    def image(self, index: int) -> Image.Image:
-        """The picture, RGB. Raises InputError when it cannot be read."""
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Width and height in pixels, upright, without decoding. Raises InputError when it cannot be read."""
 
 
 def load_picture(path: Path) -> Image.Image:
@@ -69,12 +49,55 @@ def load_picture(path: Path) -> Image.Image:
         path: a JPEG, PNG, WebP or BMP file; of an animation the first frame counts.
 
     Raises:
-        InputError: missing, not a picture, damaged or truncated, or of more pixels than Pillow allows against
-            decompression bombs (`PIL.Image.MAX_IMAGE_PIXELS`).
+        InputError: missing, not a picture, damaged or truncated, larger than MAX_BYTES, or of more pixels than Pillow
+            allows against decompression bombs (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
-    with _reading(path), Image.open(path, formats=_FORMATS) as opened:
+    with _reading(str(path)), path.open("rb") as file:
+        _refuse_huge(os.fstat(file.fileno()).st_size, str(path))
+        return _decoded(file)
+
+
+def decode_picture(content: bytes, name: str) -> Image.Image:
+    """The same of a picture in memory.
+
+    Args:
+        content: of the file.
+        name: what errors call it.
+
+    Raises:
+        InputError: as `load_picture`.
+    """
+    with _reading(name):
+        return _decoded(io.BytesIO(content))
+
+
+def picture_size(file: Path | BinaryIO, name: str | None = None) -> tuple[int, int]:
+    """Width and height of a picture in pixels, upright; only its head is read, and nothing decoded.
+
+    Args:
+        file: a path, or an open file that can be read from anywhere.
+        name: what errors call an open file.
+
+    Raises:
+        InputError: missing, not a picture, or of too many pixels.
+    """
+    if isinstance(file, Path):
+        with _reading(str(file)), file.open("rb") as opened:
+            return _size(opened)
+    with _reading(name or "the picture"):
+        return _size(file)
+
+
+def _decoded(file: BinaryIO) -> Image.Image:
+    with Image.open(file, formats=_FORMATS) as opened:
         opened.load()
         return _to_rgb(_upright(opened))
+
+
+def _size(file: BinaryIO) -> tuple[int, int]:
+    with Image.open(file, formats=_FORMATS) as opened:
+        width, height = opened.size
+        return (height, width) if _orientation(opened, file) in _LYING else (width, height)
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -85,16 +108,40 @@ def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
         size: (h, w) in pixels.
     """
     height, width = size
-    proportion = image.width / image.height
-    if proportion <= width / height:
-        scaled = (width, max(height, int(width / proportion)))
-    else:
-        scaled = (max(width, int(proportion * height)), height)
+    scaled = covering(image.size, size)
+    if scaled[0] * scaled[1] > MAX_ENLARGED * height * width:
+        image = _middle(image, size)
+        scaled = covering(image.size, size)
     if scaled != image.size:
         image = image.resize(scaled, Image.Resampling.LANCZOS)
     left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
     pixels = np.asarray(image)[top : top + height, left : left + width]
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+
+
+def covering(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height a picture is resized to, so that it covers a size with as little left over as possible.
+
+    Args:
+        picture: (w, h) in pixels.
+        size: (h, w) in pixels.
+    """
+    height, width = size
+    proportion = picture[0] / picture[1]
+    if proportion <= width / height:
+        return width, max(height, int(width / proportion))
+    return max(width, int(proportion * height)), height
+
+
+def cropped_share(picture: tuple[int, int], size: tuple[int, int]) -> float:
+    """Share of a picture's area that `to_tensor` cuts off, 0 to 1.
+
+    Args:
+        picture: (w, h) in pixels.
+        size: (h, w) in pixels.
+    """
+    scaled = covering(picture, size)
+    return 1 - size[0] * size[1] / (scaled[0] * scaled[1])
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -129,200 +176,8 @@ def save_grid(images: Tensor, columns: int, file: Path) -> None:
         grid(to_uint8(images), columns).save(temporary, format="PNG")
 
 
-def open_source(data: str, picture_size: int = 64) -> PictureSource:
-    """Pictures named on the command line.
-
-    Args:
-        data: a folder (read with its sub-folders, hidden ones left out), or `world:N` or `world:N:SEED`: N
-            pictures of the demo world, with `:flip` behind it half of them mirrored. A folder with a
-            `metadata.jsonl` (one object per line: `file_name` and one of `text`, `caption`, `prompt`) holds
-            exactly the pictures listed there.
-        picture_size: pixels along a side of a drawn picture.
-
-    Raises:
-        InputError: no such folder, no pictures in it, or a `metadata.jsonl` that is wrong or names missing
-            files.
-        UsageError: `world:` followed by something else than numbers.
-    """
-    if data.startswith(WORLD):
-        return _open_world(data, picture_size)
-    folder = Path(data).expanduser()
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise InputError(f"{folder} {what}", "give a folder of pictures, or world:N for N drawn ones")
-    if (folder / METADATA).is_file():
-        return _open_metadata(folder)
-    files = _pictures_below(folder)
-    if not files:
-        looked_for = f"looked for {', '.join(SUFFIXES)}, sub-folders included"
-        raise InputError(f"no pictures in {folder}", looked_for)
-    return FolderSource(folder, tuple(files))
-
-
-@dataclass(frozen=True)
-class FolderSource:
-    """Pictures of a folder; captions from `.txt` files beside them, or given.
-
-    Args:
-        folder: where the pictures are.
-        files: paths of the pictures below it, `/` between the parts.
-        captions: one per file, or None: each comes from the `.txt` file of the same stem, where there is one.
-    """
-
-    folder: Path
-    files: tuple[str, ...]
-    captions: tuple[str, ...] | None = None
-
-    @property
-    def name(self) -> str:
-        return f"folder {self.folder.resolve().name}"
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def key(self, index: int) -> str:
-        return self.files[index]
-
-    def caption(self, index: int) -> str:
-        if self.captions is not None:
-            return self.captions[index]
-        path = (self.folder / self.files[index]).with_suffix(".txt")
-        if not path.is_file():
-            return ""
-        return _one_line(read_text_file(path))
-
-    def image(self, index: int) -> Image.Image:
-        return load_picture(self.folder / self.files[index])
-
-    def size(self, index: int) -> tuple[int, int]:
-        path = self.folder / self.files[index]
-        with _reading(path), Image.open(path, formats=_FORMATS) as opened:
-            width, height = opened.size
-            return (height, width) if _orientation(opened) in _LYING else (width, height)
-
-
-@dataclass(frozen=True)
-class WorldSource:
-    """Pictures of the demo world, drawn when they are asked for.
-
-    Args:
-        count: how many.
-        seed: another seed draws other pictures.
-        side: pixels along a side.
-        flips: whether half of them are mirrored.
-    """
-
-    count: int
-    seed: int
-    side: int
-    flips: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"demo world, seed {self.seed}, {self.side}x{self.side}{', half mirrored' if self.flips else ''}"
-
-    def __len__(self) -> int:
-        return self.count
-
-    def key(self, index: int) -> str:
-        return f"world/{self.seed}{FLIP if self.flips else ''}/{index:08d}"
-
-    def caption(self, index: int) -> str:
-        from bitgen_cli.demo import world
-
-        return world.caption_at(index, self.seed)
-
-    def image(self, index: int) -> Image.Image:
-        from bitgen_cli.demo import world
-
-        return world.picture(index, self.seed, self.side, flips=self.flips).image
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self.side, self.side
-
-
-def _open_world(data: str, side: int) -> WorldSource:
-    numbers = data.removeprefix(WORLD).removesuffix(FLIP).split(":")
-    written_right = all(part.isascii() and part.isdigit() for part in numbers) and len(numbers) <= 2
-    if not written_right or int(numbers[0]) == 0:
-        raise UsageError(f"{data!r} is not world:N[:SEED][:flip]", "for example world:20000")
-    return WorldSource(int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 0, side, data.endswith(FLIP))
-
-
-def _pictures_below(folder: Path) -> list[str]:
-    """Paths of all pictures below a folder, sorted, `/` between the parts."""
-
-    def refuse(error: OSError) -> None:
-        raise explain(error, Path(error.filename or folder), "read") from error
-
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
-                found.append((Path(parent) / name).relative_to(folder).as_posix())
-    return sorted(found)
-
-
-def _open_metadata(folder: Path) -> FolderSource:
-    """The pictures a metadata.jsonl lists, in its order."""
-    path = folder / METADATA
-    captions: dict[str, str] = {}
-    for number, line in enumerate(read_text_file(path).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            name, caption = _metadata_row(line, where)
-            if name in captions:
-                raise InputError(f"{where}: {name!r} is listed twice", "keep one line per picture")
-            captions[name] = caption
-    if not captions:
-        raise InputError(f"{path} lists no pictures", 'one object per line: {"file_name": ..., "text": ...}')
-    missing = [name for name in captions if not (folder / name).is_file()]
-    if missing:
-        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
-        noun = "file that is" if len(missing) == 1 else "files that are"
-        raise InputError(f"{path} names {len(missing)} {noun} missing: {shown}")
-    return FolderSource(folder, tuple(captions), tuple(captions.values()))
-
-
-def _metadata_row(line: str, where: str) -> tuple[str, str]:
-    """File name and caption of one line."""
-    try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON: {error}") from error
-    name = row.get("file_name") if isinstance(row, dict) else None
-    if not isinstance(name, str) or not name:
-        raise InputError(f'{where}: needs an object with "file_name"')
-    path = Path(name)
-    if path.is_absolute() or PurePosixPath(name).is_absolute() or ".." in path.parts or "\0" in name:
-        raise InputError(f"{where}: {name!r} lies outside the folder", f"paths are relative to {METADATA}")
-    caption = next((row[key] for key in CAPTION_KEYS if row.get(key) is not None), "")
-    if not isinstance(caption, str):
-        raise InputError(f"{where}: the caption must be text, not {type(caption).__name__}")
-    return path.as_posix(), _one_line(caption)
-
-
-def read_text_file(path: Path) -> str:
-    """The text of a file somebody wrote.
-
-    Raises:
-        InputError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise explain(error, path, "read") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text", "save it as UTF-8") from error
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(name: str) -> Iterator[None]:
     """Turns whatever Pillow raises or warns of for a bad file into one InputError."""
     try:
         with warnings.catch_warnings():
@@ -331,22 +186,51 @@ def _reading(path: Path) -> Iterator[None]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        what = f"{path} has more than {Image.MAX_IMAGE_PIXELS} pixels, refused as a decompression bomb"
+        what = f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels, refused as a decompression bomb"
         raise InputError(what, "make it smaller") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not a JPEG, PNG, WebP or BMP picture") from error
+        raise InputError(f"{name} is not a JPEG, PNG, WebP or BMP picture") from error
     except _UNDECODABLE as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise explain(error, path, "read") from error
-        raise InputError(f"{path} is damaged: {error}") from error
+            raise explain(error, Path(name), "read") from error
+        raise InputError(f"{name} is damaged: {error}") from error
 
 
-def _orientation(image: Image.Image) -> int:
+def _refuse_huge(size: int, name: str) -> None:
+    if size > MAX_BYTES:
+        raise InputError(f"{name} has {size >> 20} MiB, more than the {MAX_BYTES >> 20} MiB a picture may have")
+
+
+def _middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The middle of a picture of extreme proportions, MAX_ENLARGED times as long as those of `size` (h, w)."""
+    width = min(image.width, max(1, round(MAX_ENLARGED * image.height * size[1] / size[0])))
+    height = min(image.height, max(1, round(MAX_ENLARGED * image.width * size[0] / size[1])))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _orientation(image: Image.Image, file: BinaryIO) -> int:
     """The EXIF orientation, 1 (upright) where there is none or it cannot be read."""
     try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        if image.format != "PNG" or {"exif", "Raw profile type exif"} & image.info.keys():
+            return int(Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1))
+        # a PNG's own getexif decodes it, to look for what may stand behind its pixels
+        exif = Image.Exif()
+        exif.load(_png_exif(file))
+        return int(exif.get(_EXIF_ORIENTATION, 1))
     except (*_UNDECODABLE, TypeError):
         return 1
+
+
+def _png_exif(file: BinaryIO) -> bytes:
+    """What the eXIf chunk of a PNG holds, wherever it stands; empty where there is none."""
+    file.seek(len(_PNG_SIGNATURE))
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"eXIf":
+            return file.read(min(length, _MAX_EXIF))
+        file.seek(length + 4, os.SEEK_CUR)
+    return b""
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -361,7 +245,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Any of Pillow's modes as RGB, a copy of its own."""
     if image.mode.startswith("I"):
         # 16 bits of grey: Pillow's own conversion would clip instead of scale.
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
+        deep = np.asarray(image).astype(np.int64).clip(0, 65535)
+        grey = np.where(deep == image.info.get("transparency", -1), 255, deep // 257)
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         coloured = image.convert("RGBA")

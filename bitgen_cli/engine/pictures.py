@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bitgen_cli.config import Config, TokenizerTraining
-from bitgen_cli.engine.data import PictureSource, to_tensor
-from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
+from bitgen_cli.engine.data import to_tensor
+from bitgen_cli.engine.scales import Schedule, buckets, nearest, schedule
+from bitgen_cli.engine.sources import PictureSource
 from bitgen_cli.errors import InputError, ResourceError
 from bitgen_cli.report import Report
 
@@ -28,7 +29,7 @@ class Pictures:
     Args:
         source: where they come from.
         config: its scales decide the sizes.
-        training: workers that read ahead, and memory for what was read.
+        training: workers that read ahead, memory for what was read, and the aspect ratios that are used.
         report: hears of pictures that cannot be read.
     """
 
@@ -41,6 +42,7 @@ class Pictures:
         self._kept: dict[int, Tensor] = {}
         self._room = int(training.picture_cache * 2**30)
         self._bad: set[int] = set()
+        self._buckets = buckets(config.model.scales, training.aspects)
         self._ratios = self._find_ratios()
         self._coming: dict[int, Future[npt.NDArray[np.uint8]]] = {}
         self._pool = None
@@ -77,8 +79,8 @@ class Pictures:
         return self._source.key(index)
 
     def ratio(self, index: int) -> float:
-        """The table's aspect ratio nearest to the picture's."""
-        return ratios(self._config.model.scales)[0] if self._ratios is None else self._ratios[index]
+        """The aspect ratio in use that is nearest to the picture's."""
+        return self._buckets[0] if self._ratios is None else self._ratios[index]
 
     def schedule(self, index: int) -> Schedule:
         """The scales of the picture."""
@@ -113,18 +115,17 @@ class Pictures:
         return self[following]
 
     def _find_ratios(self) -> list[float] | None:
-        """The ratio of every picture; None when the model has one ratio alone."""
-        scales = self._config.model.scales
-        if len(ratios(scales)) == 1:
+        """The ratio of every picture; None when there is one ratio alone."""
+        if len(self._buckets) == 1:
             return None
         found = []
         for index in range(len(self._source)):
             try:
                 width, height = self._source.size(index)
-                found.append(nearest_ratio(height / width, scales))
+                found.append(nearest(height / width, self._buckets))
             except InputError as error:
                 self._note_bad(index, error)
-                found.append(found[-1] if found else nearest_ratio(1.0, scales))
+                found.append(found[-1] if found else nearest(1.0, self._buckets))
         return found
 
     def _note_bad(self, index: int, error: InputError) -> None:

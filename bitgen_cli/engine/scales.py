@@ -5,7 +5,10 @@ Source: INFINITY_FORMAT section 8 (infinity/utils/dynamic_resolution.py). An asp
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 from bitgen_cli.config import ScalesConfig
@@ -101,7 +104,49 @@ def ratios(config: ScalesConfig) -> tuple[float, ...]:
 
 def nearest_ratio(h_div_w: float, config: ScalesConfig) -> float:
     """The ratio of the table nearest to `h_div_w` (smallest absolute difference; the first of equals)."""
-    return min(ratios(config), key=lambda ratio: abs(h_div_w - ratio))
+    return nearest(h_div_w, ratios(config))
+
+
+def nearest(h_div_w: float, among: Sequence[float]) -> float:
+    """Of several ratios the one nearest to `h_div_w` (smallest absolute difference; the first of equals)."""
+    return min(among, key=lambda ratio: abs(h_div_w - ratio))
+
+
+def parse_aspect(aspect: str) -> float:
+    """The height / width of a shape written W:H.
+
+    Raises:
+        UsageError: it is written otherwise.
+    """
+    found = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", aspect)
+    if found is None or not (int(found[1]) and int(found[2])):
+        raise UsageError(f"--aspect {aspect!r} is not W:H", "for example 16:9")
+    return int(found[2]) / int(found[1])
+
+
+def aspect_of(ratio: float) -> str:
+    """A height / width as W:H in small numbers."""
+    shape = Fraction(1 / ratio).limit_denominator(16) if ratio >= 1 / 16 else Fraction(round(1 / ratio))
+    return f"{max(1, shape.numerator)}:{shape.denominator}"
+
+
+def buckets(config: ScalesConfig, aspects: Sequence[str] = ()) -> tuple[float, ...]:
+    """The aspect ratios (height / width) that pictures are sorted into, in table order.
+
+    Args:
+        config: the model's table.
+        aspects: shapes W:H; of each the nearest ratio of the table is taken. Without any, all ratios are.
+
+    Raises:
+        UsageError: a shape is written otherwise, or the model has no other ratio than one.
+    """
+    known = ratios(config)
+    wanted = {aspect: parse_aspect(aspect) for aspect in aspects}
+    for aspect, ratio in wanted.items():
+        if len(known) == 1 and abs(known[0] - ratio) > 0.01:
+            raise UsageError(f"this model has height / width {known[0]:g} alone, not --aspect {aspect}")
+    chosen = {nearest(ratio, known) for ratio in wanted.values()}
+    return tuple(ratio for ratio in known if ratio in chosen or not chosen)
 
 
 def schedule(

@@ -3,7 +3,7 @@
     manifest.json               what is in it, made by which tokenizer, with the sha256 of every file
     shard-00000.safetensors     `bits` (n, L, ceil(K / 8)) uint8, raster order over all scales;
                                 `latents` (n, C, H, W) bfloat16 where they are kept
-    shard-00000.jsonl           key and caption of each of its pictures
+    shard-00000.jsonl           of each of its pictures the key, all captions, and the size it had
 
 A shard holds pictures of one aspect ratio. Pictures are numbered through all shards in order.
 """
@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,6 +29,7 @@ from bitgen_cli.errors import InputError
 from bitgen_cli.files import PARTIAL, atomic_path, explain, read_json, write_json
 
 MANIFEST = "manifest.json"
+VERSION: Final = 2
 SHARD_SIZE = 1024
 """Pictures per shard; an interrupted run loses at most this many per aspect ratio."""
 
@@ -75,17 +76,19 @@ class Manifest(_Record):
         patch_size: pixels per latent position along one side.
         cell: 2 when the transformer predicts 2x2 latent positions at once (K = 4C), else 1 (K = C).
         latents: whether the latents are kept beside the bits.
+        buckets: aspect ratios that pictures were sorted into, whether or not there were such pictures.
         complete: whether every picture of the source has been read.
     """
 
     format: Literal["bitgen token store"] = "bitgen token store"
-    version: Literal[1] = 1
+    version: Literal[2] = VERSION
     tokenizer: _Sha256
     source: str
     bits: Annotated[int, Field(ge=1, le=64)]
     patch_size: _Positive
     cell: Literal[1, 2]
     latents: bool
+    buckets: list[float]
     complete: bool
     count: Annotated[int, Field(ge=0)]
     schedules: list[StoredSchedule]
@@ -115,14 +118,24 @@ class TokenStore:
     Attributes:
         path: its folder.
         manifest: what it says about itself.
-        keys, captions: one per picture.
+        keys: one per picture.
+        captions: of each picture all of them; empty when it has none.
+        sizes: (width, height) that each picture had.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, keys: list[str], captions: list[str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        keys: list[str],
+        captions: list[tuple[str, ...]],
+        sizes: list[tuple[int, int]],
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.keys = keys
         self.captions = captions
+        self.sizes = sizes
         counts = torch.tensor([shard.count for shard in manifest.shards])
         self._shard_of = torch.arange(len(counts)).repeat_interleave(counts)
         self._row_of = torch.arange(len(keys)) - (counts.cumsum(0) - counts)[self._shard_of]
@@ -143,8 +156,7 @@ class TokenStore:
             )
         if not manifest.shards:
             raise InputError(f"the token store {path} holds no pictures")
-        keys, captions = _read_captions(path, manifest)
-        return cls(path, manifest, keys, captions)
+        return cls(path, manifest, *_read_rows(path, manifest))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -153,6 +165,11 @@ class TokenStore:
     def ratios(self) -> list[float]:
         """Aspect ratios (height / width) that occur, ascending."""
         return sorted({shard.ratio for shard in self.manifest.shards})
+
+    @property
+    def texts(self) -> list[str]:
+        """All captions of all pictures."""
+        return [caption for several in self.captions for caption in several]
 
     def ratio(self, index: int) -> float:
         """Aspect ratio of a picture."""
@@ -249,8 +266,15 @@ def read_manifest(path: Path) -> Manifest:
     if not file.is_file():
         what = "is not a token store: it has no manifest.json" if path.exists() else "does not exist"
         raise InputError(f"{path} {what}", "make one with `bitgen tokenize DATA OUT`")
+    content = read_json(file)
+    version = content.get("version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version != VERSION:
+        raise InputError(
+            f"{path} is a token store of version {version}, this bitgen reads version {VERSION}",
+            "tokenize the pictures again into a new folder",
+        )
     try:
-        manifest = Manifest.model_validate(read_json(file))
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "top level"
@@ -271,7 +295,8 @@ class _Buffer:
     """Pictures of one aspect ratio waiting for their shard."""
 
     keys: list[str] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
+    captions: list[tuple[str, ...]] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     packed: list[Tensor] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
 
@@ -321,6 +346,7 @@ class StoreWriter:
                 "patch_size": patch_size,
                 "cell": cells.pop(),
                 "latents": latents,
+                "buckets": sorted(schedules),
                 "complete": False,
                 "count": 0,
                 "schedules": [],
@@ -338,7 +364,7 @@ class StoreWriter:
             return
         self.manifest = read_manifest(path)
         self._require_same(fresh)
-        self.done_keys.update(_read_captions(path, self.manifest)[0])
+        self.done_keys.update(_read_rows(path, self.manifest)[0])
         for leftover in path.glob(f".shard-*{PARTIAL}"):
             leftover.unlink(missing_ok=True)
 
@@ -349,7 +375,8 @@ class StoreWriter:
     def add(
         self,
         keys: Sequence[str],
-        captions: Sequence[str],
+        captions: Sequence[tuple[str, ...]],
+        sizes: Sequence[tuple[int, int]],
         ratio: float,
         bits: Sequence[Tensor],
         latents: Tensor | None = None,
@@ -357,7 +384,9 @@ class StoreWriter:
         """Takes pictures of one aspect ratio, and writes the shards that became full.
 
         Args:
-            keys, captions: one per picture; keys not in the store yet.
+            keys: one per picture, not in the store yet.
+            captions: of each picture all of them.
+            sizes: (width, height) that each picture has.
             ratio: a key of `schedules`.
             bits: per scale (B, C, h, w) bool.
             latents: (B, C, H, W) where the store keeps them, else None.
@@ -378,6 +407,7 @@ class StoreWriter:
             part = slice(start, start + self._shard_size - len(buffer.keys))
             buffer.keys += keys[part]
             buffer.captions += captions[part]
+            buffer.sizes += sizes[part]
             buffer.packed.append(packed[part])
             if stored_latents is not None:
                 buffer.latents.append(stored_latents[part])
@@ -405,8 +435,11 @@ class StoreWriter:
         tensors = {"bits": torch.cat(buffer.packed)}
         if buffer.latents:
             tensors["latents"] = torch.cat(buffer.latents)
-        rows = zip(buffer.keys, buffer.captions, strict=True)
-        lines = [json.dumps({"key": key, "caption": caption}, ensure_ascii=False) for key, caption in rows]
+        rows = [
+            {"key": key, "captions": captions, "size": size}
+            for key, captions, size in zip(buffer.keys, buffer.captions, buffer.sizes, strict=True)
+        ]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         shard = {
             "count": len(buffer.keys),
             "ratio": ratio,
@@ -446,6 +479,7 @@ class StoreWriter:
             "patch_size": "patch size",
             "cell": "cell size",
             "latents": "choice of latents",
+            "buckets": "choice of aspect ratios",
         }
         for key, name in names.items():
             old, new = getattr(self.manifest, key), getattr(fresh, key)
@@ -480,25 +514,36 @@ def _map_shard(path: Path, shard: StoredShard, manifest: Manifest) -> dict[str, 
     return tensors
 
 
-def _read_captions(path: Path, manifest: Manifest) -> tuple[list[str], list[str]]:
-    """Keys and captions of all pictures."""
+def _read_rows(
+    path: Path, manifest: Manifest
+) -> tuple[list[str], list[tuple[str, ...]], list[tuple[int, int]]]:
+    """Keys, captions and sizes of all pictures."""
     keys: list[str] = []
-    captions: list[str] = []
+    captions: list[tuple[str, ...]] = []
+    sizes: list[tuple[int, int]] = []
     for shard in manifest.shards:
         file = path / shard.captions.file
         try:
             rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
             keys += [row["key"] for row in rows]
-            captions += [row["caption"] for row in rows]
+            captions += [_listed(row["captions"]) for row in rows]
+            sizes += [(int(row["size"][0]), int(row["size"][1])) for row in rows]
         except OSError as error:
             raise explain(error, file, "read") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise _corrupt(file, "a line is not a key with its caption") from error
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise _corrupt(file, "a line is not a key with its captions") from error
         if len(rows) != shard.count:
             raise _corrupt(file, f"{len(rows)} captions for {shard.count} pictures")
-    if not all(isinstance(text, str) for text in (*keys, *captions)):
+    texts = (*keys, *(caption for several in captions for caption in several))
+    if not all(isinstance(text, str) for text in texts):
         raise InputError(f"the captions of the token store {path} are corrupt", "tokenize again")
-    return keys, captions
+    return keys, captions, sizes
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"a list is needed, not {type(value).__name__}")
+    return tuple(value)
 
 
 def _stored_schedule(schedule: Schedule) -> StoredSchedule:

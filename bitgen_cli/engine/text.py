@@ -220,13 +220,43 @@ def load_text_encoder(source: str, max_length: int, device: torch.device, dtype:
     return encoder.eval()
 
 
+def find_vocabulary(source: str) -> Vocabulary | None:
+    """The vocabulary of a transformers folder, or of a hub repository that was fetched before; None if there is none.
+
+    Nothing is loaded but the vocabulary, and nothing is fetched.
+
+    Raises:
+        InputError: it is broken.
+    """
+    file = Path(source) / "tokenizer.json"
+    if not file.is_file():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(source, "tokenizer.json")
+        except HFValidationError:
+            return None
+        if not isinstance(cached, str):
+            return None
+        file = Path(cached)
+    vocabulary = _read_vocabulary(file)
+    vocabulary.no_padding()
+    vocabulary.no_truncation()
+    return vocabulary
+
+
+def _read_vocabulary(file: Path) -> Vocabulary:
+    try:
+        return Vocabulary.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception for files it cannot parse
+        raise InputError(f"{file} is not a tokenizer file: {error}") from error
+
+
 def _load_vocabulary(source: str) -> Vocabulary:
     file = Path(source) / "tokenizer.json"
     if file.is_file():
-        try:
-            return Vocabulary.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exception for files it cannot parse
-            raise InputError(f"{file} is not a tokenizer file: {error}") from error
+        return _read_vocabulary(file)
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(source).backend_tokenizer

@@ -11,7 +11,7 @@ from torch import Tensor
 from bitgen_cli.config import Config, TokenizerTraining
 from bitgen_cli.engine import pyramid
 from bitgen_cli.engine.checkpoint import RunFolder
-from bitgen_cli.engine.data import PictureSource, save_grid, to_float
+from bitgen_cli.engine.data import save_grid, to_float
 from bitgen_cli.engine.device import DTYPES, autocast
 from bitgen_cli.engine.draws import Draws
 from bitgen_cli.engine.losses import psnr, ssim, tokenizer_loss
@@ -21,6 +21,7 @@ from bitgen_cli.engine.order import chunks, grouped, split
 from bitgen_cli.engine.parallel import Ranks
 from bitgen_cli.engine.pictures import Pictures
 from bitgen_cli.engine.scales import Schedule
+from bitgen_cli.engine.sources import PictureSource
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.errors import UsageError
 from bitgen_cli.report import Report

@@ -28,6 +28,7 @@ from bitgen_cli.engine.pyramid import ChangeBits
 from bitgen_cli.engine.sampling import generate, plan
 from bitgen_cli.engine.scales import RESOLUTIONS, Schedule, schedule
 from bitgen_cli.engine.self_correction import flipper
+from bitgen_cli.engine.sources import drawn_caption
 from bitgen_cli.engine.store import TokenStore
 from bitgen_cli.engine.text import TextEncoder
 from bitgen_cli.engine.tokenizer import Tokenizer
@@ -129,7 +130,10 @@ class TransformerStage:
         trained, held_out = split(len(store), training.validation_images, training.seed)
         self.groups = grouped(trained, store.ratio)
         self._validation = chunks(grouped(held_out, store.ratio), training.batch_size)
-        self._ids = text_encoder.tokenise(store.captions)
+        # a picture without captions is learned with an empty prompt
+        self._captions = [captions or ("",) for captions in store.captions]
+        ids = iter(text_encoder.tokenise([text for captions in self._captions for text in captions]))
+        self._ids = [[next(ids) for _ in captions] for captions in self._captions]
         self._latents = _Latents(store, device)
         shown = next(iter(self._validation or self.groups))
         self._shown = shown[:: max(1, len(shown) // GRID_COLUMNS)][:GRID_COLUMNS]
@@ -145,11 +149,16 @@ class TransformerStage:
         """Nothing to do: a token store needs no reading ahead."""
 
     def loss(self, indices: list[int], draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Bitwise cross-entropy of one micro-batch; caption dropout, drop path and flips come from the draws."""
+        """Bitwise cross-entropy of one micro-batch; caption dropout, drop path and flips come from the draws.
+
+        Of several captions of a picture each epoch has its own.
+        """
         dropped = draws.uniform() < self.training.caption_dropout
         strength = self._flip_strength(step)
         flips = flipper(strength, self.training.flip_scales, draws) if strength > 0 else None
-        loss, accuracy, per_scale = self._losses(indices, flips, dropped, self._kept_branches(draws))
+        epoch = self._epoch(step)
+        ids = [drawn_caption(self._ids[index], self.training.seed, epoch, index) for index in indices]
+        loss, accuracy, per_scale = self._losses(indices, ids, flips, dropped, self._kept_branches(draws))
         measured = {f"bit_accuracy/{k}": value for k, value in enumerate(accuracy.unbind())}
         return loss, measured | {f"loss/{k}": value for k, value in enumerate(per_scale.unbind())}
 
@@ -157,7 +166,7 @@ class TransformerStage:
         """Means over the held-out pictures, unchanged: val_loss, val_bit_accuracy/k, val_loss/k."""
 
         def measure(indices: list[int]) -> dict[str, Tensor]:
-            loss, accuracy, per_scale = self._losses(indices)
+            loss, accuracy, per_scale = self._losses(indices, [self._ids[index][0] for index in indices])
             measured = {"val_loss": loss}
             measured |= {f"val_bit_accuracy/{k}": value for k, value in enumerate(accuracy.unbind())}
             return measured | {f"val_loss/{k}": value for k, value in enumerate(per_scale.unbind())}
@@ -167,10 +176,10 @@ class TransformerStage:
     def draw_samples(self, file: Path) -> None:
         """Stored pictures, decoded, above pictures drawn from their captions; captions.txt names those."""
         scales = self.store.schedule(self.store.ratio(self._shown[0]))
-        captions = [self.store.captions[index] for index in self._shown]
+        captions = [self._captions[index][0] for index in self._shown]
         bits = [grid.to(self.device) for grid in self.store.bits(self._shown)]
         stored = self.tokenizer.decode_bits(bits, scales)
-        ids = [self._ids[index] for index in self._shown]
+        ids = [self._ids[index][0] for index in self._shown]
         text = self.module.features(ids) if self.text_is_trained else self.text_encoder.encode_ids(ids)
         steps = plan(self.config.sampling, len(scales))
         seeds = range(len(captions))
@@ -195,14 +204,20 @@ class TransformerStage:
     def close(self) -> None:
         """Nothing works in the background."""
 
+    def _epoch(self, step: int) -> int:
+        """How often all pictures have been seen before a step."""
+        pictures = sum(len(group) for group in self.groups)
+        return step * self.training.batch_size * self.training.accumulation // pictures
+
     def _losses(
         self,
         indices: list[int],
+        ids: list[list[int]],
         flips: ChangeBits | None = None,
         dropped: Tensor | None = None,
         kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, bit accuracy per scale and loss per scale."""
+        """Loss, bit accuracy per scale and loss per scale, of pictures with the tokens of their captions."""
         scales = self.store.schedule(self.store.ratio(indices[0]))
         targets, inputs = self._teacher(indices, scales, flips)
         recomputed = self.training.checkpoint_activations
@@ -210,7 +225,7 @@ class TransformerStage:
             autocast(self.device, self.training.precision),
             attention(self.device, self.training.precision, scales, recomputed=recomputed),
         ):
-            logits = self._forward(inputs, self._text(indices), scales, dropped, kept)
+            logits = self._forward(inputs, self._text(ids), scales, dropped, kept)
         return bit_loss(logits, targets, scales, self.training)
 
     def _teacher(
@@ -223,9 +238,8 @@ class TransformerStage:
         targets = [bits.to(self.device) for bits in self.store.bits(indices)]
         return as_positions(targets, pyramid.inputs_from_bits(targets, scales), scales)
 
-    def _text(self, indices: list[int]) -> TextFeatures | list[list[int]]:
+    def _text(self, ids: list[list[int]]) -> TextFeatures | list[list[int]]:
         """What `Trained.forward` takes: features of a fixed text encoder, or token ids."""
-        ids = [self._ids[index] for index in indices]
         if self.text_is_trained:
             return ids
         with torch.no_grad():

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from bitgen_cli import __version__
 from bitgen_cli.config import Config, SubjectTraining
 from bitgen_cli.engine.checkpoint import RunFolder
-from bitgen_cli.engine.data import load_picture
+from bitgen_cli.engine.data_report import FILE, DataReport, count_captions, data_report
 from bitgen_cli.engine.device import DTYPES, bf16_is_fast, free_memory
+from bitgen_cli.engine.folders import FileSource
 from bitgen_cli.engine.memory import BYTES, TrainingMemory, parameters, sampling_memory, subject_training_memory
 from bitgen_cli.engine.model_folder import (
     TOKENIZER_FILE,
@@ -28,6 +30,7 @@ from bitgen_cli.engine.model_folder import (
 )
 from bitgen_cli.engine.parallel import Ranks
 from bitgen_cli.engine.parts import kind_of
+from bitgen_cli.engine.scales import ratios
 from bitgen_cli.engine.subject import (
     Header,
     Subject,
@@ -50,7 +53,7 @@ from bitgen_cli.engine.subject_stage import (
 )
 from bitgen_cli.engine.tensors import stored_dtype
 from bitgen_cli.errors import InputError, ResourceError, UsageError
-from bitgen_cli.files import atomic_path
+from bitgen_cli.files import atomic_path, write_json
 from bitgen_cli.presets import DEFAULT, Resolved
 from bitgen_cli.report import Report
 from bitgen_cli.runs.gen_priors import check_class, with_article
@@ -171,20 +174,20 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
     device = prepare_device(options.device)
     run = RunFolder(options.out or _run_folder(name, fresh=target.exists()))
     run.refuse_used()
-    files = find_photos(options.photos, report)
-    photos = [load_picture(file) for file in files]
+    source = find_photos(options.photos, report)
+    photos = [source.image(index) for index in range(len(source))]
     folder = find_model(options.model)
     resolved = _resolve(options, Model(folder, *read_model_config(folder)), device)
     training = recipe_of(resolved.config)
     model = _whole_model(folder, options.model, device, training.precision)
     assert model.text_encoder is not None
     check_token(options.token, model.text_encoder)
-    header = _header(options, class_word, model, resolved.config, files)
+    header = _header(options, class_word, model, resolved.config, source)
 
     if model.text_encoder.has_no_word_for(class_word):
         report.warning(f"the model's text encoder has no word for {class_word!r}; a class that it knows teaches better")
     _learn_token(model, header)
-    lessons = photo_lessons(photos, files, header, model, training, device)
+    lessons = photo_lessons(photos, source, header, model, training, device)
     if any(_cut(model, caption) for lesson in lessons for caption in lesson.captions):
         report.notice("captions longer than the text encoder takes are cut")
     if set(training.train) == {"token"} and training.prior != "none":
@@ -210,6 +213,7 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
         }
     )
     save_material(run, material)
+    write_json(run.path / FILE, _report_on(photos, source, training, model).to_json())
     stage = _stage(resolved.config, model, material, header, device, at_once, training.first_whole_step)
     trained = fit(SUBJECT, stage, resolved.config, run, _WatchesClass(report, header), Ranks(device=device), started)
     return _finish(name, header, run, trained, model, options.merge, report, started, replace=True)
@@ -359,7 +363,7 @@ def _size(number: int) -> str:
 
 
 def _header(
-    options: SubjectOptions, class_word: str, model: Model, config: Config, files: Sequence[Path]
+    options: SubjectOptions, class_word: str, model: Model, config: Config, source: FileSource
 ) -> Header:
     training = recipe_of(config)
     recipe = training.model_dump(mode="json")
@@ -371,8 +375,22 @@ def _header(
         base=model.fingerprints,
         base_name=options.model,
         recipe={"bitgen": __version__, "sampling": config.sampling.model_dump(mode="json"), **recipe},
-        pictures=[{"file": file.name, "sha256": fingerprint(file)} for file in files],
+        pictures=[{"file": file.name, "sha256": fingerprint(file)} for file in map(source.path, range(len(source)))],
     )
+
+
+def _report_on(
+    photos: Sequence[Image.Image], source: FileSource, training: SubjectTraining, model: Model
+) -> DataReport:
+    """What the photos are and what is cut off them."""
+    assert model.text_encoder is not None
+    keys = [source.key(index) for index in range(len(source))]
+    captions = [source.captions(index) for index in range(len(source))]
+    shapes = ratios(model.config.scales) if training.buckets else (1.0,)
+    patch = model.config.tokenizer.patch_size
+    pixels = {ratio: schedule_of(model, training, ratio).pixels(patch) for ratio in shapes}
+    counts = count_captions(keys, captions, model.text_encoder.max_length, model.text_encoder.vocabulary)
+    return data_report(source, keys, [photo.size for photo in photos], [], pixels, counts)
 
 
 def _learn_token(model: Model, header: Header) -> None:

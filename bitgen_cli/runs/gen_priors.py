@@ -26,7 +26,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitgen_cli.config import SamplingConfig, SubjectTraining
-from bitgen_cli.engine.data import SUFFIXES, FolderSource, read_text_file, to_pil, to_uint8
+from bitgen_cli.engine.captions import captions_beside
+from bitgen_cli.engine.data import SUFFIXES, picture_size, to_pil, to_uint8
 from bitgen_cli.engine.device import keep_freed_memory, pick_device
 from bitgen_cli.engine.model_folder import BUILT_IN, Model, find_model, fingerprint, load_model, read_model_config
 from bitgen_cli.engine.sampling import draw_bits, plan
@@ -484,11 +485,10 @@ def _own_pictures(place: Path, known: Manifest | None) -> tuple[list[Path], list
         ]
     except OSError as error:
         raise explain(error, place, "read") from error
-    source = FolderSource(place, tuple(names))
     own, unreadable = [], []
-    for index, name in enumerate(names):
+    for name in names:
         try:
-            source.size(index)
+            picture_size(place / name)
             own.append(place / name)
         except InputError as error:
             unreadable.append(error.message)
@@ -505,11 +505,8 @@ def _priors(place: Path, known: Manifest | None, own: Iterable[Path], class_word
 
 def _caption(file: Path, class_word: str) -> str:
     """What the user says a picture shows, else that it shows the class."""
-    text = file.with_suffix(".txt")
-    if not text.is_file():
-        return with_article(f"a {CLASS}", class_word)
-    caption = " ".join(read_text_file(text).split())
-    return with_article(caption or f"a {CLASS}", class_word)
+    caption = next(iter(captions_beside(file)), f"a {CLASS}")
+    return with_article(caption, class_word)
 
 
 def _tell(place: Path, report: Report, *, reused: int, own: int, bad: Mapping[str, str], done: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -13,6 +14,7 @@ from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.model_folder import load_model
 from bitgen_cli.engine.parallel import joined
 from bitgen_cli.engine.tokenizer import Tokenizer
+from bitgen_cli.engine.tokenizer_stage import TokenizerStage
 from bitgen_cli.engine.trainer import Stage
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import InputError, UsageError
@@ -26,10 +28,10 @@ from bitgen_cli.runs.train import (
     TrainResult,
     fit,
     open_store,
+    picture_source,
     prepare_device,
     recipe,
     text_encoder_for,
-    tokenizer_stage,
     transformer_stage,
 )
 
@@ -70,7 +72,7 @@ def resume(
         verb = description["verb"]
         if verb == VERB:
             return resume_subject(run, description, report, steps=steps, device=device)
-        stage_name, data = description["stage"], description["data"]
+        stage_name, _ = description["stage"], description["data"]
         config = Config.model_validate(description["config"])
     except (KeyError, ValidationError) as error:
         raise InputError(f"{path / 'config.json'} does not describe a training: {error}") from error
@@ -83,21 +85,24 @@ def resume(
     run.refuse_finished(recipe(config, stage_name).steps)
     where = prepare_device(device)
     with joined(strategy, where) as ranks:
-        stage = _stage(run, stage_name, config, data, where, report)
+        stage = _stage(run, description, config, where, report)
         if steps is not None and ranks.first:
             run.describe({**description, "config": config.model_dump(mode="json")})
         return fit(stage_name, stage, config, run, report, ranks, started, resumed=True)
 
 
 def _stage(
-    run: RunFolder, stage_name: str, config: Config, data: str, where: torch.device, report: Report
+    run: RunFolder, description: dict[str, Any], config: Config, where: torch.device, report: Report
 ) -> Stage:
     """The stage as it was when the run began; a checkpoint brings it to where it stopped."""
+    stage_name, data = description["stage"], description["data"]
     if stage_name == TOKENIZER:
-        return tokenizer_stage(config, data, Tokenizer(config.model.tokenizer), where, report)
+        root = description.get("image_root")
+        source = picture_source(config, data, None if root is None else Path(root))
+        return TokenizerStage(config, source, Tokenizer(config.model.tokenizer), where, report)
     model = load_model(run.start, parts=("tokenizer",))
     store = open_store(data, model)
-    text_encoder = text_encoder_for(config, run.start, store.captions, recipe(config, stage_name).seed)
+    text_encoder = text_encoder_for(config, run.start, store.texts, recipe(config, stage_name).seed)
     parts = Parts(store, model, Transformer(config.model), text_encoder)
     return transformer_stage(config, parts, run, where)
 

@@ -22,7 +22,7 @@ from bitgen_cli.engine.data import grid, to_pil, to_tensor, to_uint8
 from bitgen_cli.engine.device import DTYPES, keep_freed_memory, pick_device, pick_dtype
 from bitgen_cli.engine.model_folder import Model, find_model, load_model, read_model_config
 from bitgen_cli.engine.sampling import generate, plan
-from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
+from bitgen_cli.engine.scales import Schedule, buckets, ratios, schedule
 from bitgen_cli.engine.subject import Subject, Worn, choose_subjects, find_subject, known_subjects, wearing
 from bitgen_cli.engine.text import TextEncoder
 from bitgen_cli.engine.tokenizer import Tokenizer
@@ -347,13 +347,7 @@ def _schedule(options: SampleOptions, model: Model) -> Schedule:
     scales = model.config.scales
     ratio = 1.0 if 1.0 in ratios(scales) else ratios(scales)[0]
     if options.aspect is not None:
-        width, _, height = options.aspect.partition(":")
-        if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-            raise UsageError(f"--aspect {options.aspect!r} is not W:H", "for example 16:9")
-        wanted = int(height) / int(width)
-        ratio = nearest_ratio(wanted, scales)
-        if len(ratios(scales)) == 1 and abs(ratio - wanted) > 0.01:
-            raise UsageError(f"this model draws height / width {ratio:g} alone, not --aspect {options.aspect}")
+        (ratio,) = buckets(scales, [options.aspect])
     return schedule(scales, patchify=model.config.transformer.patchify, ratio=ratio, resolution=options.resolution)
 
 

@@ -15,11 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bitgen_cli.config import Config, SubjectTraining
+from bitgen_cli.engine.captions import captions_beside, text_beside
 from bitgen_cli.engine.checkpoint import RunFolder
-from bitgen_cli.engine.data import SUFFIXES, load_picture, read_text_file, to_float, to_tensor
+from bitgen_cli.engine.data import SUFFIXES, load_picture, to_float, to_tensor
+from bitgen_cli.engine.folders import FileSource
+from bitgen_cli.engine.listings import METADATA
 from bitgen_cli.engine.model_folder import Model
 from bitgen_cli.engine.sampling import plan
 from bitgen_cli.engine.scales import Schedule, nearest_ratio, schedule
+from bitgen_cli.engine.sources import open_source
 from bitgen_cli.engine.subject import Header
 from bitgen_cli.engine.subject_stage import ClassBits, Lesson, Material, class_bits, likeliest
 from bitgen_cli.engine.tensors import save_tensors
@@ -41,14 +45,44 @@ MANY = 64
 # -- photos ------------------------------------------------------------------------------------------------------------
 
 
-def find_photos(place: Path, report: Report) -> list[Path]:
-    """The photos of a folder, by name; what else lies there is named.
+def find_photos(place: Path, report: Report) -> FileSource:
+    """The photos of a folder, by name, or those that a listing names; what else lies in the folder is told.
+
+    Args:
+        place: a folder, one photo, or a listing as `open_source` reads them.
+        report: who listens.
 
     Raises:
-        InputError: no such folder, or no photos in it.
-        UsageError: far too many.
+        InputError: no such folder, no photos in it, or a caption that cannot be read.
+        UsageError: far too many, or photos that are no files.
     """
     place = place.expanduser()
+    is_listing = place.is_file() and not place.name.lower().endswith(SUFFIXES)
+    if is_listing or any((place / name).is_file() for name in METADATA):
+        source = open_source(str(place))
+        if not isinstance(source, FileSource):
+            raise UsageError(f"{place} is an archive", "photos are files: give the folder they are in")
+        report.notice(f"{place}: {source.layout}")
+    else:
+        files = _photo_files(place, report)
+        given = tuple(_beside(file) for file in files)
+        names = tuple(file.name for file in files)
+        source = FileSource(files[0].parent, names, f"{len(files)} photos", given=given)
+    if len(source) > MANY:
+        raise UsageError(f"{len(source)} photos in {place}: at most {MANY}", "3 to 5 good ones teach a subject best")
+    if len(source) < FEW:
+        count = "only 1 photo" if len(source) == 1 else f"only {len(source)} photos"
+        report.warning(f"{count}: 3 to 5 on different grounds teach better")
+    return source
+
+
+def _beside(photo: Path) -> tuple[str, ...]:
+    """The caption beside a photo; an empty file says that it shows the subject and nothing else."""
+    return captions_beside(photo) or (() if text_beside(photo) is None else ("",))
+
+
+def _photo_files(place: Path, report: Report) -> list[Path]:
+    """The photos right in a folder, or the one photo."""
     if place.is_file():
         found, others = [place], []
     elif place.is_dir():
@@ -57,7 +91,7 @@ def find_photos(place: Path, report: Report) -> list[Path]:
         except OSError as error:
             raise explain(error, place, "read") from error
         found = [entry for entry in entries if entry.is_file() and entry.name.lower().endswith(SUFFIXES)]
-        captions = {entry.with_suffix(".txt") for entry in found}
+        captions = {text_beside(entry) for entry in found}
         others = [entry.name for entry in entries if entry not in found and entry not in captions]
     else:
         raise InputError(f"no photos at {place}: it does not exist", "give the folder of 3 to 5 photos")
@@ -66,29 +100,23 @@ def find_photos(place: Path, report: Report) -> list[Path]:
         report.notice(f"not photos, left out: {shown}")
     if not found:
         raise InputError(f"no photos in {place}", f"looked for {', '.join(SUFFIXES)}")
-    if len(found) > MANY:
-        raise UsageError(f"{len(found)} photos in {place}: at most {MANY}", "3 to 5 good ones teach a subject best")
-    if len(found) < FEW:
-        count = "only 1 photo" if len(found) == 1 else f"only {len(found)} photos"
-        report.warning(f"{count}: 3 to 5 on different grounds teach better")
     return found
 
 
-def _captions(file: Path, header: Header, training: SubjectTraining) -> tuple[str, ...]:
-    """What a photo may be called: its own caption, else the templates.
+def _captions(own: tuple[str, ...], header: Header, training: SubjectTraining) -> tuple[str, ...]:
+    """What a photo may be called: its own captions, else the templates.
 
     In a caption that says neither {subject} nor the token, the class word stands for the subject; where that is missing
     too, the subject is put before it.
     """
     subject = f"{header.token} {header.class_word}"
-    own = file.with_suffix(".txt")
-    if own.is_file():
-        text = " ".join(read_text_file(own).split())
+    word = re.compile(rf"(?<!\w){re.escape(header.class_word)}(?!\w)", re.IGNORECASE)
+    named = []
+    for text in own or training.photo_templates:
         if "{subject}" not in text and header.token not in text:
-            word = re.compile(rf"(?<!\w){re.escape(header.class_word)}(?!\w)", re.IGNORECASE)
             text = word.sub("{subject}", text, count=1) if word.search(text) else f"{{subject}}, {text}".rstrip(", ")
-        return (text.replace("{subject}", subject),)
-    return tuple(template.replace("{subject}", subject) for template in training.photo_templates)
+        named.append(text.replace("{subject}", subject))
+    return tuple(named)
 
 
 def views(photo: Image.Image, size: tuple[int, int], training: SubjectTraining, number: int) -> list[Tensor]:
@@ -119,7 +147,7 @@ def views(photo: Image.Image, size: tuple[int, int], training: SubjectTraining, 
 
 def photo_lessons(
     photos: Sequence[Image.Image],
-    files: Sequence[Path],
+    source: FileSource,
     header: Header,
     model: Model,
     training: SubjectTraining,
@@ -128,19 +156,20 @@ def photo_lessons(
     """Views of the photos with what each may be called.
 
     Args:
-        photos, files: pictures and where they come from; captions lie beside those.
+        photos, source: pictures, and where they come from with their captions.
         header: of the subject.
         model: the base model, all of it; it says which of the recipe's likely captions fits a photo.
         training: the recipe.
         device: where it is computed.
     """
     lessons = []
-    for number, (photo, file) in enumerate(zip(photos, files, strict=True)):
+    for number, photo in enumerate(photos):
         scales = schedule_of(model, training, photo.height / photo.width if training.buckets else 1.0)
         crops = views(photo, scales.pixels(model.config.tokenizer.patch_size), training, number)
-        captions = _captions(file, header, training)
+        own = source.captions(number)
+        captions = _captions(own, header, training)
         latents = _latents(torch.stack(crops), model, device)
-        if training.likely_captions and not file.with_suffix(".txt").is_file():
+        if training.likely_captions and not own:
             templates = [caption.replace("{subject}", "{class}") for caption in training.likely_captions]
             known = [with_article(template, header.class_word) for template in templates]
             chosen = templates[likeliest(model, latents[0], known, scales, device)]

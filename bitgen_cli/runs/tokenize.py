@@ -17,19 +17,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from bitgen_cli.config import ModelConfig
 from bitgen_cli.engine import pyramid
-from bitgen_cli.engine.data import (
-    PictureSource,
-    open_source,
-    to_float,
-    to_pil,
-    to_tensor,
-    to_uint8,
-)
+from bitgen_cli.engine.data import to_float, to_pil, to_tensor, to_uint8
+from bitgen_cli.engine.data_report import FILE, BadPicture, DataReport, announce, count_captions, data_report
 from bitgen_cli.engine.device import pick_device, pick_dtype
 from bitgen_cli.engine.losses import psnr, ssim
-from bitgen_cli.engine.model_folder import find_model, load_model
-from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
+from bitgen_cli.engine.model_folder import TEXT_FOLDER, Model, find_model, load_model
+from bitgen_cli.engine.scales import Schedule, buckets, nearest, schedule
+from bitgen_cli.engine.sources import PictureSource, open_source
 from bitgen_cli.engine.store import StoreWriter, TokenStore
+from bitgen_cli.engine.text import find_vocabulary
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.errors import InputError, Interrupted, ResourceError
 from bitgen_cli.files import atomic_folder, write_json
@@ -53,7 +49,7 @@ class TokenizeOptions:
     """What to tokenize and how.
 
     Attributes:
-        data: a folder of pictures, or `world:N[:SEED][:flip]`.
+        data: what `open_source` takes: a folder of pictures, a listing, tars, `world:N[:SEED][:flip]`.
         out: folder of the token store; an unfinished one is continued.
         model: model folder, run folder or `demo`.
         batch_size: pictures encoded at once.
@@ -62,6 +58,9 @@ class TokenizeOptions:
         resolution: pixel budget of a published schedule; None takes the model's.
         device, dtype: where and in which number type to encode; `auto` chooses.
         workers: processes that read pictures ahead; 0 reads in this one.
+        aspects: shapes W:H that pictures are cropped to, the nearest one each; empty is all of the model's.
+        caption_key: field that holds the captions; `none` reads none.
+        image_root: where listed pictures are, if not beside their listing.
     """
 
     data: str
@@ -74,6 +73,9 @@ class TokenizeOptions:
     device: str = "auto"
     dtype: str = "auto"
     workers: int = 0
+    aspects: tuple[str, ...] = ()
+    caption_key: str | None = None
+    image_root: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,6 @@ class RatioCount:
 
 
 @dataclass(frozen=True)
-class BadPicture:
-    """A picture that was skipped, and why."""
-
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class TokenizeResult:
     """What the store holds now and what this run did.
 
@@ -118,6 +112,7 @@ class TokenizeResult:
         ssim: mean of the reconstructions; None where none were asked for.
         seconds: reading, encoding and writing.
         images_per_second: `added` per second.
+        report: on the data; also in the store, as data_report.json.
     """
 
     out: Path
@@ -132,6 +127,7 @@ class TokenizeResult:
     ssim: float | None
     seconds: float
     images_per_second: float
+    report: DataReport
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain JSON values."""
@@ -152,10 +148,13 @@ def tokenize(options: TokenizeOptions, report: Report) -> TokenizeResult:
     model = load_model(find_model(options.model), device=device, parts=("tokenizer",))
     assert model.tokenizer is not None
     codec = _Codec(model.tokenizer, device, pick_dtype(options.dtype, device))
-    schedules = _schedules(model.config, options.resolution)
+    schedules = _schedules(model.config, options.resolution, options.aspects)
     pixels = {ratio: entry.pixels(model.config.tokenizer.patch_size) for ratio, entry in schedules.items()}
-    square = pixels[nearest_ratio(1.0, model.config.scales)]
-    source = open_source(options.data, picture_size=max(square))
+    square = pixels[nearest(1.0, tuple(pixels))]
+    source = open_source(
+        options.data, max(square), caption_key=options.caption_key, image_root=options.image_root
+    )
+    announce(source, options.data, report)
     writer = StoreWriter(
         options.out,
         tokenizer=model.fingerprints["tokenizer"],
@@ -174,7 +173,7 @@ def tokenize(options: TokenizeOptions, report: Report) -> TokenizeResult:
         if pending:
             if stored_before:
                 report.notice(f"{options.out} holds {stored_before} of {len(source)} pictures; going on")
-            reader = _Reader(source, pending, model.config, pixels)
+            reader = _Reader(source, pending, pixels)
             bad = _fill(writer, reader, codec, schedules, options, report)
         writer.finish()
     except KeyboardInterrupt:
@@ -188,9 +187,8 @@ def tokenize(options: TokenizeOptions, report: Report) -> TokenizeResult:
         report.notice(f"nothing to do: {options.out} already holds all {stored_before} readable pictures")
 
     store = TokenStore.open(options.out)
-    without_caption = store.captions.count("")
-    if without_caption:
-        report.notice(f"{without_caption} of {len(store)} pictures have no caption")
+    told = _report(store, source, bad, pixels, model)
+    write_json(options.out / FILE, told.to_json())
     quality = None
     if options.reconstruct:
         quality = _reconstruct(store, source, codec, pixels, options, report)
@@ -199,7 +197,7 @@ def tokenize(options: TokenizeOptions, report: Report) -> TokenizeResult:
         out=options.out,
         count=len(store),
         added=added,
-        without_caption=without_caption,
+        without_caption=store.captions.count(()),
         bad=bad,
         ratios=per_ratio,
         bytes_per_image=store.manifest.bytes / len(store),
@@ -208,7 +206,23 @@ def tokenize(options: TokenizeOptions, report: Report) -> TokenizeResult:
         ssim=None if quality is None else quality[1],
         seconds=seconds,
         images_per_second=added / seconds if added else 0.0,
+        report=told,
     )
+
+
+def _report(
+    store: TokenStore,
+    source: PictureSource,
+    bad: list[BadPicture],
+    pixels: Mapping[float, tuple[int, int]],
+    model: Model,
+) -> DataReport:
+    """The report on the pictures in the store and on those that were skipped."""
+    own = model.folder / TEXT_FOLDER
+    text = str(own) if own.is_dir() else model.config.text_encoder.source
+    limit = model.config.transformer.text_length
+    captions = count_captions(store.keys, store.captions, limit, None if text == "new" else find_vocabulary(text))
+    return data_report(source, store.keys, store.sizes, bad, pixels, captions)
 
 
 @dataclass(frozen=True)
@@ -241,7 +255,8 @@ class _Read:
     """One picture as the reading processes hand it over; without pixels where it could not be read."""
 
     key: str
-    caption: str = ""
+    captions: tuple[str, ...] = ()
+    size: tuple[int, int] = (0, 0)
     ratio: float = 1.0
     pixels: npt.NDArray[np.uint8] | None = None
     reason: str = ""
@@ -254,12 +269,10 @@ class _Reader(Dataset[_Read]):
         self,
         source: PictureSource,
         pending: list[int],
-        config: ModelConfig,
         pixels: Mapping[float, tuple[int, int]],
     ) -> None:
         self.source = source
         self.pending = pending
-        self.config = config
         self.pixels = pixels
 
     def __len__(self) -> int:
@@ -269,11 +282,11 @@ class _Reader(Dataset[_Read]):
         index = self.pending[number]
         key = self.source.key(index)
         try:
-            image, caption = self.source.image(index), self.source.caption(index)
+            image, captions = self.source.image(index), self.source.captions(index)
         except InputError as error:
             return _Read(key, reason=str(error))
-        ratio = nearest_ratio(image.height / image.width, self.config.scales)
-        return _Read(key, caption, ratio, to_tensor(image, self.pixels[ratio]).numpy())
+        ratio = nearest(image.height / image.width, tuple(self.pixels))
+        return _Read(key, captions, image.size, ratio, to_tensor(image, self.pixels[ratio]).numpy())
 
 
 @dataclass
@@ -281,7 +294,8 @@ class _Batch:
     """Pictures of one aspect ratio waiting to be encoded together."""
 
     keys: list[str] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
+    captions: list[tuple[str, ...]] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     pixels: list[Tensor] = field(default_factory=list)
 
 
@@ -308,7 +322,7 @@ def _fill(
             # Quantise what is kept, so that bits and latents of the store belong together exactly.
             latent = latent.bfloat16().float()
         bits, _ = pyramid.encode(latent, schedules[ratio])
-        writer.add(batch.keys, batch.captions, ratio, bits, latent if options.latents else None)
+        writer.add(batch.keys, batch.captions, batch.sizes, ratio, bits, latent if options.latents else None)
 
     with report.task("tokenize", stored_before + len(reader)) as task:
         task.advance(stored_before)
@@ -323,7 +337,8 @@ def _fill(
                 continue
             batch = waiting.setdefault(item.ratio, _Batch())
             batch.keys.append(item.key)
-            batch.captions.append(item.caption)
+            batch.captions.append(item.captions)
+            batch.sizes.append(item.size)
             batch.pixels.append(torch.from_numpy(item.pixels))
             if len(batch.keys) == min(options.batch_size, writer.room(item.ratio)):
                 encode(item.ratio)
@@ -361,12 +376,12 @@ def _too_many(bad: list[BadPicture], read: int) -> InputError:
     )
 
 
-def _schedules(config: ModelConfig, resolution: str | None) -> dict[float, Schedule]:
-    """The schedule of each aspect ratio of a model."""
+def _schedules(config: ModelConfig, resolution: str | None, aspects: tuple[str, ...]) -> dict[float, Schedule]:
+    """The schedule of each aspect ratio of a model that is used."""
     patchify = config.transformer.patchify
     return {
         ratio: schedule(config.scales, patchify=patchify, ratio=ratio, resolution=resolution)
-        for ratio in ratios(config.scales)
+        for ratio in buckets(config.scales, aspects)
     }
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitgen_cli.config import Config, LoopConfig, ModelConfig
+from bitgen_cli.engine.captions import NO_CAPTIONS
 from bitgen_cli.engine.checkpoint import RunFolder
-from bitgen_cli.engine.data import WORLD, open_source
+from bitgen_cli.engine.data_report import FILE, announce, data_report, measure
 from bitgen_cli.engine.device import keep_freed_memory, pick_device
 from bitgen_cli.engine.model_folder import (
     TEXT_FOLDER,
@@ -29,7 +30,8 @@ from bitgen_cli.engine.model_folder import (
     save_model,
 )
 from bitgen_cli.engine.parallel import Ranks, joined
-from bitgen_cli.engine.scales import nearest_ratio, schedule
+from bitgen_cli.engine.scales import buckets, nearest_ratio, schedule
+from bitgen_cli.engine.sources import WORLD, PictureSource, open_source
 from bitgen_cli.engine.store import MANIFEST, TokenStore
 from bitgen_cli.engine.text import TextEncoder, load_text_encoder, new_text_encoder
 from bitgen_cli.engine.tokenizer import Tokenizer
@@ -38,6 +40,7 @@ from bitgen_cli.engine.trainer import Stage, Trainer
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.engine.transformer_stage import TransformerStage
 from bitgen_cli.errors import UsageError
+from bitgen_cli.files import write_json
 from bitgen_cli.place import place
 from bitgen_cli.report import Report
 from bitgen_cli.runs.logs import logged, plan_logs
@@ -56,10 +59,11 @@ class TrainOptions:
         resolved: the whole configuration and where its values come from.
         stage: `tokenizer` or `transformer`; None takes the transformer for a token store, the tokenizer for
             pictures.
-        data: for the tokenizer a folder of pictures or `world:N[:SEED][:flip]`, for the transformer a token store.
+        data: for the tokenizer pictures as `open_source` reads them, for the transformer a token store.
         out: folder of the run; must be new or empty.
         init: model folder or run folder to begin with. The transformer needs the one whose tokenizer made the
             store.
+        image_root: where listed pictures are, if not beside their listing.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         strategy: `ddp` or `fsdp`, where torchrun or `--devices` started several processes.
         logs: `tensorboard`, `wandb`: where measurements go besides metrics.jsonl.
@@ -73,6 +77,7 @@ class TrainOptions:
     device: str = "auto"
     strategy: str = "ddp"
     logs: tuple[str, ...] = ()
+    image_root: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,8 @@ def train(options: TrainOptions, report: Report) -> TrainResult:
     if stage_name == SUBJECT:
         raise UsageError("`bitgen train` does not learn subjects", "bitgen finetune-subject does")
     recipe(config, stage_name)
+    if stage_name == TRANSFORMER and options.image_root is not None:
+        raise UsageError("--image-root is for pictures", "a token store holds all that is learned from")
     logs = plan_logs(options.logs)
     device = prepare_device(options.device)
     with joined(options.strategy, device) as ranks:
@@ -137,6 +144,7 @@ def _train(
         "verb": "train",
         "stage": stage_name,
         "data": data,
+        "image_root": None if options.image_root is None else str(options.image_root.expanduser().resolve()),
         "init": options.init,
         "logs": logs,
         "config": config.model_dump(mode="json"),
@@ -145,9 +153,13 @@ def _train(
     stage: Stage
     if stage_name == TOKENIZER:
         tokenizer = _first_tokenizer(config, options.init)
-        stage = tokenizer_stage(config, data, tokenizer, device, report)
+        source = picture_source(config, data, options.image_root)
+        if ranks.first:
+            announce(source, options.data, report)
+        stage = TokenizerStage(config, source, tokenizer, device, report)
         if ranks.first:
             run.create(description)
+            _report_data(run, config, source, report)
     else:
         parts = _first_parts(config, data, options.init, report)
         stage = transformer_stage(config, parts, run, device)
@@ -225,14 +237,27 @@ def require_alone() -> None:
         raise UsageError("a subject is learned by one process", "start bitgen without torchrun")
 
 
-def tokenizer_stage(
-    config: Config, data: str, tokenizer: Tokenizer, device: torch.device, report: Report
-) -> TokenizerStage:
-    """The stage that trains a tokenizer on pictures."""
+def picture_source(config: Config, data: str, image_root: Path | None) -> PictureSource:
+    """The pictures a tokenizer learns from; captions play no part."""
     scales = config.model.scales
     square = schedule(scales, patchify=config.model.transformer.patchify, ratio=nearest_ratio(1.0, scales))
-    source = open_source(data, picture_size=max(square.pixels(config.model.tokenizer.patch_size)))
-    return TokenizerStage(config, source, tokenizer, device, report)
+    size = max(square.pixels(config.model.tokenizer.patch_size))
+    return open_source(data, size, caption_key=NO_CAPTIONS, image_root=image_root)
+
+
+def _report_data(run: RunFolder, config: Config, source: PictureSource, report: Report) -> None:
+    """Says what is learned from, and writes it into the run folder."""
+    model = config.model
+    assert config.training.tokenizer is not None
+    pixels = {
+        ratio: schedule(model.scales, patchify=model.transformer.patchify, ratio=ratio).pixels(
+            model.tokenizer.patch_size
+        )
+        for ratio in buckets(model.scales, config.training.tokenizer.aspects)
+    }
+    told = data_report(source, *measure(source, report), pixels)
+    write_json(run.path / FILE, told.to_json())
+    report.notice(told.summary())
 
 
 @dataclass(frozen=True)
@@ -311,7 +336,7 @@ def _first_parts(config: Config, data: str, init: str | None, report: Report) ->
         known = None
     if known is not None:
         _load_transformer(transformer, known / TRANSFORMER_FILE, model.config, config.model)
-    return Parts(store, model, transformer, text_encoder_for(config, known, store.captions, seed))
+    return Parts(store, model, transformer, text_encoder_for(config, known, store.texts, seed))
 
 
 def _same_but_scales(found: ModelConfig, wanted: ModelConfig) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,6 +84,20 @@ def trained() -> SimpleNamespace:
     )
 
 
+def reported() -> SimpleNamespace:
+    bad = SimpleNamespace(key="evil\x1b[31m.png", reason="evil\x1b[31m.png is damaged")
+    return SimpleNamespace(
+        layout="plain folder, 13 pictures without captions",
+        captions=SimpleNamespace(count=15, missing=1, several=2, limit=48, cut=3, longest=70, cut_of=["long.png"]),
+        misclaimed=None,
+        buckets=[
+            SimpleNamespace(aspect="1:1", ratio=1.0, width=64, height=64, count=12, cropped=0.125, enlarged=0)
+        ],
+        most_cropped=[SimpleNamespace(key="pano.png", share=0.5), SimpleNamespace(key="fits.png", share=0.1)],
+        bad=[bad] * 12,
+    )
+
+
 def stored() -> SimpleNamespace:
     return SimpleNamespace(
         out=Path("store"),
@@ -97,6 +112,7 @@ def stored() -> SimpleNamespace:
         ssim=0.9,
         seconds=2.0,
         images_per_second=2.0,
+        report=reported(),
         to_json=lambda: RESULT,
     )
 
@@ -300,7 +316,7 @@ def test_tokenize_hands_everything_over(fake: Fake, capsys: Capture) -> None:
     calls = fake("tokenize", "tokenize", stored())
     line = (
         "tokenize world:9 store --model m --batch-size 4 --no-latents --reconstruct 2 --resolution 1M "
-        "--device cpu --dtype fp32 --workers 3"
+        "--device cpu --dtype fp32 --workers 3 --aspect 1:1,16:9 --caption-key blip --image-root pictures"
     )
     assert main(line.split()) == 0
     assert calls[0][0] == TokenizeOptions(
@@ -314,10 +330,28 @@ def test_tokenize_hands_everything_over(fake: Fake, capsys: Capture) -> None:
         device="cpu",
         dtype="fp32",
         workers=3,
+        aspects=("1:1", "16:9"),
+        caption_key="blip",
+        image_root=Path("pictures"),
     )
     shown = capsys.readouterr().out
     assert "12 (4 new)" in shown
     assert "PSNR 30.25 dB" in shown
+    told = "15; 2 pictures have several; 1 picture has none; 3 are cut after 48 tokens (the longest has 70)"
+    assert f"captions         {told}\n" in shown
+    assert re.search(r"1:1 +64 x 64 +12 +12\.5 % +30 +960\n", shown)
+    assert re.search(r"most is cut off\npicture +share\npano.png +50\.0 %\n\n", shown)
+    assert "long.png" in shown
+    assert "\x1b" not in shown, "names cannot command the terminal"
+    assert shown.count("evil\\x1b[31m.png is damaged\n") == 10
+    assert "and 2 more" in shown
+
+
+@pytest.mark.parametrize("more", [["--aspect", "1:1"], ["--stage", "transformer", "--aspect", "1:1"]])
+def test_shapes_are_chosen_for_pictures_alone(more: list[str], tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    assert main(["train", "--preset", "demo", "--data", str(tmp_path), "--out", "run", *more]) == 2
+    assert "--aspect is for pictures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -325,6 +359,7 @@ def test_tokenize_hands_everything_over(fake: Fake, capsys: Capture) -> None:
     [
         ([], {}),
         (["--stage", "tokenizer", "--steps", "5"], {"training.tokenizer.steps": 5}),
+        (["--stage", "tokenizer", "--aspect", "1:1, 3:2"], {"training.tokenizer.aspects": ["1:1", "3:2"]}),
         (
             ["--batch-size", "4", "--seed", "0"],
             {"training.transformer.batch_size": 4, "training.transformer.seed": 0},

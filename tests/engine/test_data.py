@@ -1,8 +1,8 @@
-"""Pictures from disk: every mode, every kind of bad file, folders and their captions."""
+"""Picture files: every mode with exact pixels, every kind of bad file, sizes without decoding, and tensors."""
 
 import io
-import json
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +11,30 @@ import torch
 from PIL import Image
 
 from bitgen_cli.engine.data import (
+    covering,
+    cropped_share,
+    decode_picture,
     grid,
     load_picture,
-    open_source,
+    picture_size,
     save_grid,
     to_float,
     to_pil,
     to_tensor,
     to_uint8,
 )
-from bitgen_cli.errors import InputError, UsageError
+from bitgen_cli.errors import InputError
 
 
 def picture(width: int = 12, height: int = 8, seed: int = 0) -> Image.Image:
     """A picture of smooth noise."""
     values = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def test_rgb_png_comes_back_exactly(tmp_path: Path) -> None:
@@ -68,6 +76,57 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
     assert np.asarray(loaded)[0].tolist() == [[0, 0, 0], [128, 128, 128], [255, 255, 255]]
 
 
+def deep_png(pixels: list[list[int]], colour: int, extra: bytes = b"") -> bytes:
+    """A PNG of one row with 16 bits per channel.
+
+    Args:
+        pixels: channels of each.
+        colour: 0 grey, 2 RGB, 4 grey with alpha, 6 RGB with alpha.
+        extra: chunks before the pixels.
+    """
+    head = struct.pack(">IIBBBBB", len(pixels), 1, 16, colour, 0, 0, 0)
+    row = b"\0" + b"".join(struct.pack(">H", value) for pixel in pixels for value in pixel)
+    chunks = chunk(b"IHDR", head) + extra + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize(
+    ("pixels", "colour", "extra", "expected"),
+    [
+        ([[0x1234], [0xFFFF]], 0, b"", [[18, 18, 18], [255, 255, 255]]),
+        ([[0x1234], [0x8080]], 0, chunk(b"tRNS", b"\x12\x34"), [[255, 255, 255], [128, 128, 128]]),
+        ([[0xFF00, 0x80FF, 0x00FF]], 2, b"", [[255, 128, 0]]),
+        ([[0x4000, 0xFFFF], [0x4000, 0]], 4, b"", [[64, 64, 64], [255, 255, 255]]),
+        ([[0xC800, 0, 0, 0xFFFF], [0xC800, 0, 0, 0]], 6, b"", [[200, 0, 0], [255, 255, 255]]),
+    ],
+)
+def test_sixteen_bits_per_channel(
+    pixels: list[list[int]], colour: int, extra: bytes, expected: list[list[int]]
+) -> None:
+    assert np.asarray(decode_picture(deep_png(pixels, colour, extra), "a"))[0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("ink", "seen"),
+    [((0, 0, 0, 0), (255, 255, 255)), ((0, 255, 255, 0), (255, 0, 0)), ((255, 0, 0, 0), (0, 255, 255)),
+     ((0, 0, 0, 255), (0, 0, 0)), ((0, 0, 0, 128), (127, 127, 127))],
+)  # fmt: skip
+def test_cmyk_is_read_as_ink(tmp_path: Path, ink: tuple[int, ...], seen: tuple[int, ...]) -> None:
+    Image.new("CMYK", (16, 16), ink).save(tmp_path / "a.jpg", quality=100)
+    assert np.abs(np.asarray(load_picture(tmp_path / "a.jpg")).astype(int) - seen).max() <= 1
+
+
+def test_grey_with_alpha_and_palette_with_alpha(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[[100, 255], [100, 0]]], np.uint8), "LA").save(tmp_path / "grey.png")
+    assert np.asarray(load_picture(tmp_path / "grey.png"))[0].tolist() == [[100, 100, 100], [255, 255, 255]]
+    image = Image.new("P", (3, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60, 0, 0, 0])
+    image.putdata([0, 1, 2])
+    image.save(tmp_path / "palette.png", transparency=bytes([255, 0, 51]))
+    seen = np.asarray(load_picture(tmp_path / "palette.png"))[0].tolist()
+    assert seen == [[10, 20, 30], [255, 255, 255], [204, 204, 204]]
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "CMYK", "YCbCr"])
 def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.png")
@@ -94,13 +153,41 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(np.asarray(load_picture(tmp_path / "a.png")), np.asarray(upright))
-    assert open_source(str(tmp_path)).size(0) == (12, 8)
+    assert picture_size(tmp_path / "a.png") == (12, 8)
 
 
 def test_damaged_exif_turns_nothing(tmp_path: Path) -> None:
     picture().save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert load_picture(tmp_path / "a.jpg").size == (12, 8)
-    assert open_source(str(tmp_path)).size(0) == (12, 8)
+    assert picture_size(tmp_path / "a.jpg") == (12, 8)
+
+
+def test_the_size_of_a_png_is_known_without_decoding_even_where_exif_stands_last(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "a.png"
+    picture(12, 8).save(path)
+    content = path.read_bytes()
+    end = content.rindex(b"IEND") - 4
+    path.write_bytes(content[:end] + chunk(b"eXIf", exif.tobytes()[6:]) + content[end:])
+    assert load_picture(path).size == picture_size(path) == (8, 12)
+    # pixels that cannot be decoded are no hindrance: they are not looked at
+    start = content.index(b"IDAT") + 4
+    broken = bytearray(path.read_bytes())
+    broken[start : start + 20] = bytes(20)
+    path.write_bytes(broken)
+    assert picture_size(path) == (8, 12)
+    with pytest.raises(InputError, match="damaged"):
+        load_picture(path)
+
+
+def test_a_picture_in_memory_is_the_same_as_on_disk(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    assert np.array_equal(np.asarray(decode_picture(content, "a")), np.asarray(picture()))
+    assert picture_size(io.BytesIO(content), "a") == (12, 8)
+    with pytest.raises(InputError, match=r"shard\.tar: 7 is damaged"):
+        decode_picture(content[:-40], "shard.tar: 7")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
@@ -192,6 +279,30 @@ def test_to_tensor_always_has_the_size_asked_for() -> None:
             assert to_tensor(picture(width, height), (11, 13)).shape == (3, 11, 13)
 
 
+@pytest.mark.parametrize("size", [(40_000, 1), (1, 40_000), (3000, 9)])
+def test_extreme_proportions_cost_no_memory(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To cover 128 x 64, 40000 x 1 pixels would become 655 million."""
+    asked: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def watched(self: Image.Image, size: tuple[int, int], *rest: object) -> Image.Image:
+        asked.append(size)
+        return resize(self, size, *rest)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    pixels = to_tensor(Image.new("RGB", size, (9, 8, 7)), (128, 64))
+    assert pixels.shape == (3, 128, 64)
+    assert pixels.flatten(1).unique(dim=1).flatten().tolist() == [9, 8, 7]
+    assert all(width * height <= 65 * 128 * 64 for width, height in asked)
+
+
+def test_the_cropped_share_is_what_is_cut_off() -> None:
+    assert covering((200, 100), (50, 50)) == (100, 50)
+    assert cropped_share((200, 100), (50, 50)) == 0.5
+    assert cropped_share((30, 30), (64, 64)) == 0
+    assert cropped_share((100, 300), (20, 10)) == pytest.approx(1 - 2 / 3)
+
+
 def test_to_tensor_leaves_a_fitting_picture_as_it_is() -> None:
     assert np.array_equal(np.asarray(to_pil(to_tensor(picture(), (8, 12)))), np.asarray(picture()))
 
@@ -211,136 +322,3 @@ def test_grid_places_pictures_in_rows(tmp_path: Path) -> None:
     assert [sheet[0, 0, 0], sheet[0, 4, 0], sheet[2, 0, 0], sheet[2, 4, 0]] == [10, 20, 30, 0]
     save_grid(torch.ones(1, 3, 2, 2), 1, tmp_path / "grid.png")
     assert np.asarray(load_picture(tmp_path / "grid.png")).min() == 255
-
-
-def test_folder_is_read_recursively_sorted_without_hidden_files(tmp_path: Path) -> None:
-    for name in (
-        "b.png",
-        "a.JPG",
-        "deep/er/c.webp",
-        "d.bmp",
-        ".hidden.png",
-        ".git/e.png",
-        "note.txt",
-        "f.gif",
-    ):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix != ".txt":
-            picture().save(path, format={".jpg": "jpeg"}.get(path.suffix.lower()))
-    (tmp_path / "b.txt").write_text("\ufeffa  red\n dog\n", encoding="utf-8")
-    source = open_source(str(tmp_path))
-    assert [source.key(i) for i in range(len(source))] == ["a.JPG", "b.png", "d.bmp", "deep/er/c.webp"]
-    assert [source.caption(i) for i in range(len(source))] == ["", "a red dog", "", ""]
-    assert source.image(3).size == (12, 8)
-
-
-def test_a_caption_that_is_not_text_is_named(tmp_path: Path) -> None:
-    picture().save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(InputError, match=r"a\.txt is not UTF-8"):
-        open_source(str(tmp_path)).caption(0)
-
-
-def test_missing_and_empty_folders_say_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
-        open_source(str(tmp_path / "gone"))
-    with pytest.raises(InputError, match=r"no pictures in .*looked for \.jpg"):
-        open_source(str(tmp_path))
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="is a file"):
-        open_source(str(tmp_path / "file"))
-
-
-def write_metadata(folder: Path, *rows: object) -> None:
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
-
-
-def test_metadata_names_pictures_and_captions(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    for name in ("a.png", "sub/b.png", "unlisted.png", "c.png", "d.png"):
-        picture().save(tmp_path / name)
-    write_metadata(
-        tmp_path,
-        {"file_name": "sub/b.png", "text": "one"},
-        {"file_name": "a.png", "caption": "two"},
-        "",
-        {"file_name": "c.png", "prompt": "three \u2028 lines"},
-        {"file_name": "d.png", "other": 1},
-    )
-    source = open_source(str(tmp_path))
-    assert [source.key(i) for i in range(len(source))] == ["sub/b.png", "a.png", "c.png", "d.png"]
-    assert [source.caption(i) for i in range(len(source))] == ["one", "two", "three lines", ""]
-
-
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ({"file_name": "../secret.png"}, "line 1: '../secret.png' lies outside"),
-        ({"file_name": "sub/../../secret.png"}, "line 1: .* lies outside"),
-        ({"file_name": "/etc/secret.png"}, "line 1: .* lies outside"),
-        ({"file_name": "gone.png"}, "missing: gone.png"),
-        ({"text": "no name"}, "line 1: .*file_name"),
-        ({"file_name": 3}, "line 1: .*file_name"),
-        ({"file_name": "a.png", "text": 3}, "line 1: the caption must be text"),
-        (["a.png"], "line 1: .*file_name"),
-        ("{", "line 1: not valid JSON"),
-        ("", "lists no pictures"),
-    ],
-)
-def test_wrong_metadata_is_named_with_its_line(tmp_path: Path, row: object, said: str) -> None:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    picture().save(tmp_path / "secret.png")
-    picture().save(folder / "a.png")
-    write_metadata(folder, row)
-    with pytest.raises(InputError, match=said):
-        open_source(str(folder))
-
-
-def test_a_picture_listed_twice_is_refused(tmp_path: Path) -> None:
-    picture().save(tmp_path / "a.png")
-    write_metadata(tmp_path, {"file_name": "a.png"}, {"file_name": "./a.png"})
-    with pytest.raises(InputError, match=r"line 2: 'a\.png' is listed twice"):
-        open_source(str(tmp_path))
-
-
-def test_world_is_a_pure_function_of_index_and_seed() -> None:
-    few, many, other = open_source("world:2", 16), open_source("world:5", 16), open_source("world:5:7", 16)
-    assert (len(few), len(many)) == (2, 5)
-    assert few.name == many.name != other.name
-    assert few.key(1) == many.key(1) != other.key(1)
-    assert np.array_equal(np.asarray(few.image(1)), np.asarray(many.image(1)))
-    assert not np.array_equal(np.asarray(many.image(1)), np.asarray(other.image(1)))
-    assert few.image(0).size == few.size(0) == (16, 16)
-    assert len({many.key(i) for i in range(5)}) == 5
-    assert all(many.caption(i) for i in range(5))
-
-
-def test_half_of_a_flipped_world_is_mirrored() -> None:
-    """All else is the same: the pictures are those of the world of that seed, or mirror images of them."""
-    usual, flipped = open_source("world:40:7", 16), open_source("world:40:7:flip", 16)
-    assert usual.name != flipped.name
-    mirrored = 0
-    for index in range(40):
-        plain, other = np.asarray(usual.image(index)), np.asarray(flipped.image(index))
-        assert usual.caption(index) == flipped.caption(index)
-        assert usual.key(index) != flipped.key(index)
-        if not np.array_equal(plain, other):
-            assert np.array_equal(plain[:, ::-1], other)
-            mirrored += 1
-    assert 10 < mirrored < 30
-    assert open_source("world:3:flip").name == open_source("world:9:0:flip").name
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        *("world:", "world:0", "world:x", "world:-3", "world:1:2:3", "world:3:", "world:²"),
-        *("world:flip", "world:3:flip:1", "world:0:flip"),
-    ],
-)
-def test_a_wrong_world_is_refused(data: str) -> None:
-    with pytest.raises(UsageError, match="world:N"):
-        open_source(data)

@@ -58,11 +58,17 @@ def fill(writer: StoreWriter, count: int = 6, cell: int = 1, bits: int = 11, bat
             if numbers:
                 writer.add(
                     [f"{ratio}/{n}" for n in numbers],
-                    [f"caption \u2028 {n}" for n in numbers],
+                    [captions(n) for n in numbers],
+                    [(10 + n, 20) for n in numbers],
                     ratio,
                     [grid[numbers] for grid in grids],
                     latents[numbers] if writer.manifest.latents else None,
                 )
+
+
+def captions(number: int) -> tuple[str, ...]:
+    """None, one and several in turn."""
+    return tuple(f"caption \u2028 {number}.{place}" for place in range(number % 3))
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -83,7 +89,8 @@ def test_bits_and_latents_come_back_exactly(tmp_path: Path, cell: int, bits: int
         grids, latents = pictures(6, ratio, cell, bits)
         indices = store.indices_of(ratio)
         assert [store.keys[i] for i in indices] == [f"{ratio}/{n}" for n in range(6)]
-        assert [store.captions[i] for i in indices] == [f"caption \u2028 {n}" for n in range(6)]
+        assert [store.captions[i] for i in indices] == [captions(n) for n in range(6)]
+        assert [store.sizes[i] for i in indices] == [(10 + n, 20) for n in range(6)]
         assert {store.ratio(i) for i in indices} == {ratio}
         # across shards, unordered, with a repetition
         order = [5, 0, 3, 3, 4]
@@ -199,7 +206,7 @@ def test_finishing_twice_changes_nothing(tmp_path: Path) -> None:
         ({"patch_size": 16}, "another patch size"),
         ({"latents": False}, "another choice of latents"),
         ({"schedules": schedules(2)}, "another cell size"),
-        ({"schedules": {1.0: schedules()[1.0]}}, "another schedule of ratio 2.0"),
+        ({"schedules": {1.0: schedules()[1.0]}}, "another choice of aspect ratios"),
         (
             {"schedules": {**schedules(), 2.0: Schedule(2.0, ((1, 1), (4, 2)), (4, 2), 1)}},
             "another schedule of ratio 2.0",
@@ -260,7 +267,7 @@ def test_missing_and_foreign_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda m: m.update(version=2), "version"),
+        (lambda m: m.update(version=1), "version 1, this bitgen reads version 2.*tokenize"),
         (lambda m: m.update(bits=0), "bits"),
         (lambda m: m.update(count=13), "counts do not add up"),
         (lambda m: m.update(schedules=m["schedules"][:1]), "no schedule"),
@@ -327,6 +334,24 @@ def test_broken_captions_are_named(tmp_path: Path) -> None:
     captions.write_bytes(b"{}".ljust(size))
     with pytest.raises(InputError, match=r"shard-00000\.jsonl is corrupt"):
         TokenStore.open(path)
+
+
+def test_captions_are_lists_of_text(tmp_path: Path) -> None:
+    for number, wrong in enumerate(("ab", [1], None)):
+        path = finished(tmp_path / f"s{number}")
+        file = path / "shard-00000.jsonl"
+        size, lines = file.stat().st_size, file.read_text().split("\n")
+        row = json.loads(lines[1])
+        lines[1] = json.dumps({**row, "captions": wrong})
+        file.write_bytes("\n".join(lines).encode().ljust(size, b"\n")[:size])
+        with pytest.raises(InputError, match="corrupt"):
+            TokenStore.open(path)
+
+
+def test_texts_are_all_captions_of_all_pictures(tmp_path: Path) -> None:
+    store = TokenStore.open(finished(tmp_path / "s"))
+    assert store.texts == [text for several in store.captions for text in several]
+    assert len(store.texts) == 12
 
 
 def test_a_moved_store_opens(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+PRELOADED = ["bitgen_cli.runs.resume", "torch.distributed.fsdp", "torch.optim", "transformers.models.t5.modeling_t5"]
+
 
 def server() -> ForkServerContext:
     """Where processes come from."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["bitgen_cli.runs.resume", "bitgen_cli.runs.train", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

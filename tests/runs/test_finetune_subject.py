@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny_model
 import torch
+from data_sets import write_tar
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -483,6 +484,22 @@ def test_odd_photos(model: Path, tmp_path: Path) -> None:
     assert len(find_subject(result.name).header.pictures) == 4
     stored = json.loads((result.run / "start" / "lessons.json").read_text())
     assert stored["photos"][0]["captions"] == ["my [V] dog on the moon"]
+
+
+def test_captions_of_photos_may_stand_in_a_listing(model: Path, tmp_path: Path) -> None:
+    folder = tiny_model.photos(tmp_path / "listed", 3)
+    rows = [{"file_name": "2.png", "text": "my dog at home"}, {"file_name": "0.png", "text": ["a dog", "the dog"]}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = Silent()
+    result = learn(model, folder, report, flags={"steps": 1, "prior": "none", "views": 1, "sample_every": 0})
+    stored = json.loads((result.run / "start" / "lessons.json").read_text())["photos"]
+    assert [photo["captions"] for photo in stored] == [["my [V] dog at home"], ["a [V] dog", "the [V] dog"]]
+    assert f"{folder}: metadata.jsonl: 2 pictures" in report.notices
+    told = json.loads((result.run / "data_report.json").read_text())
+    assert (told["used"], told["captions"]["count"], told["captions"]["several"]) == (2, 3, 1)
+    write_tar(tmp_path / "a.tar", {"1.png": (folder / "1.png").read_bytes()})
+    with pytest.raises(UsageError, match="is an archive"):
+        learn(model, tmp_path / "a.tar", name="x")
 
 
 @pytest.mark.parametrize(

@@ -8,20 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_sets import write_coco, write_tar
 from PIL import Image
 
 from bitgen_cli.config import ModelConfig, SamplingConfig
 from bitgen_cli.engine import pyramid
-from bitgen_cli.engine.data import load_picture, open_source, to_float, to_tensor
+from bitgen_cli.engine.data import load_picture, to_float, to_tensor
 from bitgen_cli.engine.losses import psnr
 from bitgen_cli.engine.model_folder import load_model, save_model
 from bitgen_cli.engine.scales import schedule
+from bitgen_cli.engine.sources import open_source
 from bitgen_cli.engine.store import StoreWriter, TokenStore
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.errors import InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs import tokenize as module
 from bitgen_cli.runs.tokenize import TokenizeOptions, tokenize
+
+NAMES = {0: "000.png", 1: "001.png", 2: "002.png"}
 
 CONFIG: dict[str, Any] = {
     "tokenizer": {
@@ -82,7 +86,7 @@ def options(data: str | Path, out: Path, model: Path, **changes: Any) -> Tokeniz
 
 def save_pictures(folder: Path, count: int) -> None:
     """Pictures of three proportions in turn, every other one with a caption."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         size = [(20, 20), (40, 20), (15, 31)][number % 3]
         noise = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -119,7 +123,7 @@ def test_a_store_holds_what_the_tokenizer_says(tmp_path: Path, model: Path) -> N
         if latent.abs().min() > 1e-5:
             compared += 1
             assert all(torch.equal(a, b) for a, b in zip(store.bits([number]), expected, strict=True)), key
-        assert store.captions[number] == source.caption(indices[key])
+        assert store.captions[number] == source.captions(indices[key])
     assert compared >= 10
     assert (result.count, result.added, result.without_caption, result.bad) == (20, 20, 10, [])
     assert [(entry.ratio, entry.count, entry.positions, entry.bits) for entry in result.ratios] == [
@@ -129,10 +133,10 @@ def test_a_store_holds_what_the_tokenizer_says(tmp_path: Path, model: Path) -> N
     ]
     assert result.bits_per_image == pytest.approx((7 * 162 + 7 * 126 + 6 * 114) / 20)
     assert result.bytes_per_image == pytest.approx(
-        sum(len(content) for name, content in contents(tmp_path / "s").items() if name != "manifest.json")
+        sum(len(content) for name, content in contents(tmp_path / "s").items() if name.startswith("shard"))
         / 20
     )
-    assert report.notices == ["10 of 20 pictures have no caption"]
+    assert report.notices == [f"{tmp_path / 'data'}: pictures with .txt files: 10 of 20 have one"]
     assert json.loads(json.dumps(result.to_json()))["ratios"][0]["positions"] == 27
 
 
@@ -143,7 +147,7 @@ def test_stored_bits_are_the_bits_of_the_stored_latents(tmp_path: Path, model: P
     assert latents is not None
     expected, _ = pyramid.encode(latents, store.schedule(1.0))
     assert all(torch.equal(a, b) for a, b in zip(store.bits(range(9)), expected, strict=True))
-    assert store.captions == [open_source("world:9").caption(i) for i in range(9)]
+    assert store.captions == [open_source("world:9").captions(i) for i in range(9)]
 
 
 @pytest.mark.parametrize("stop_at", [1, 7, 13, 19, 22])
@@ -276,6 +280,73 @@ def test_wrong_input_leaves_no_store(tmp_path: Path, model: Path) -> None:
         with pytest.raises(error):
             tokenize(given, Silent())
     assert not (tmp_path / "s").exists()
+
+
+def test_the_report_says_what_was_found_and_what_became_of_it(tmp_path: Path, model: Path) -> None:
+    save_pictures(tmp_path / "data", 120)
+    (tmp_path / "data" / "060.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "notes.md").touch()
+    result = tokenize(options(tmp_path / "data", tmp_path / "s", model, batch_size=16), Silent())
+    told = result.report
+    assert json.loads((tmp_path / "s" / "data_report.json").read_text()) == json.loads(json.dumps(told.to_json()))
+    assert (told.found, told.used, [entry.key for entry in told.bad]) == (120, 119, ["060.png"])
+    assert "060.png is not a JPEG" in told.bad[0].reason
+    assert told.remarks == ["left out: 1 .md"]
+    # 15 x 31 becomes 12 x 24, 40 x 20 becomes 24 x 12, 20 x 20 becomes 16 x 16
+    wanted = [("2:1", 0.5, 24, 12, 40, 0.0), ("1:1", 1.0, 16, 16, 39, 0.0), ("1:2", 2.0, 12, 24, 40, 0.0)]
+    shapes = [(b.aspect, b.ratio, b.width, b.height, b.count, round(b.cropped, 3)) for b in told.buckets]
+    assert shapes == wanted
+    assert told.enlarged == 0
+    captions = told.captions
+    assert captions is not None
+    assert (captions.count, captions.missing, captions.several) == (60, 59, 0)
+    assert captions.cut is None, "a model without text encoder cannot tell"
+    # a later run that has nothing to do says the same
+    again = tokenize(options(tmp_path / "data", tmp_path / "s", model, batch_size=16), Silent())
+    assert again.report == told
+
+
+def test_shapes_can_be_restricted(tmp_path: Path, model: Path) -> None:
+    save_pictures(tmp_path / "data", 9)
+    result = tokenize(options(tmp_path / "data", tmp_path / "s", model, aspects=("1:1", "7:4")), Silent())
+    assert [(entry.ratio, entry.count) for entry in result.ratios] == [(0.5, 3), (1.0, 6)]
+    (wide, square) = result.report.buckets
+    assert (wide.cropped, round(square.cropped, 3)) == (0, round(3 / 6 * (1 - 16 / 33), 3))
+    assert [entry.key for entry in result.report.most_cropped] == ["002.png", "005.png", "008.png"]
+    with pytest.raises(InputError, match="another choice of aspect ratios"):
+        tokenize(options(tmp_path / "data", tmp_path / "s", model), Silent())
+    with pytest.raises(UsageError, match="'1x1' is not W:H"):
+        tokenize(options(tmp_path / "data", tmp_path / "t", model, aspects=("1x1",)), Silent())
+
+
+def test_all_captions_of_a_picture_are_stored(tmp_path: Path, model: Path) -> None:
+    save_pictures(tmp_path / "data" / "train2017", 3)
+    captions = [(0, "a"), (1, "b"), (0, "c"), (0, "d")]
+    file = write_coco(tmp_path / "data" / "annotations" / "captions_train2017.json", NAMES, captions)
+    report = Silent()
+    result = tokenize(options(file, tmp_path / "s", model), report)
+    store = TokenStore.open(tmp_path / "s")
+    stored = dict(zip(store.keys, store.captions, strict=True))
+    assert stored == {"000.png": ("a", "c", "d"), "001.png": ("b",), "002.png": ()}
+    assert dict(zip(store.keys, store.sizes, strict=True))["001.png"] == (40, 20)
+    assert report.notices == [f"{file}: COCO captions captions_train2017.json: 3 pictures, 4 captions"]
+    assert result.report.captions is not None
+    assert (result.report.captions.several, result.without_caption) == (1, 1)
+    with pytest.raises(InputError, match="another pictures' source"):
+        tokenize(options(file, tmp_path / "s", model, caption_key="caption"), Silent())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tars_are_tokenized_by_several_processes(tmp_path: Path, model: Path, workers: int) -> None:
+    save_pictures(tmp_path / "data", 12)
+    members = {file.name: file.read_bytes() for file in sorted((tmp_path / "data").iterdir())}
+    write_tar(tmp_path / "a.tar", members)
+    tokenize(options(tmp_path / "a.tar", tmp_path / "s", model, workers=workers), Silent())
+    tokenize(options(tmp_path / "data", tmp_path / "plain", model), Silent())
+    tars, plain = TokenStore.open(tmp_path / "s"), TokenStore.open(tmp_path / "plain")
+    assert [f"a.tar/{Path(key).stem}" for key in plain.keys] == tars.keys
+    assert plain.captions == tars.captions
+    assert all(torch.equal(a, b) for a, b in zip(plain.bits([0, 1]), tars.bits([0, 1]), strict=True))
 
 
 def test_reconstructions_are_written_and_measured(tmp_path: Path, model: Path) -> None:

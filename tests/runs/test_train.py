@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from data_sets import put, write_coco, write_lines
 from PIL import Image
 from safetensors.torch import load_file
 
 from bitgen_cli.config import Config
 from bitgen_cli.engine.model_folder import load_model
 from bitgen_cli.engine.transformer import Transformer
+from bitgen_cli.engine.transformer_stage import TransformerStage
 from bitgen_cli.errors import ExitCode, InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.resume import resume
@@ -375,6 +377,71 @@ def test_pictures_of_two_aspect_ratios_train_together(tmp_path: Path) -> None:
         "cpu",
     )
     assert train(transformer, Silent()).steps == 3
+
+
+def test_the_run_reports_on_its_pictures_and_keeps_to_the_shapes_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(24):
+        Image.new("RGB", (16, 16) if number % 3 else (16, 32), (number * 9, 90, 9)).save(folder / f"{number:03d}.png")
+    scales = {"1.0": [[1, 1], [2, 2], [4, 4]], "2.0": [[1, 1], [4, 2], [8, 4]]}
+    model = {**MODEL, "scales": {"published": False, "custom": scales}}
+    for aspects, shapes, cropped in (([], [("1:1", 16), ("1:2", 8)], 0), (["1:1"], [("1:1", 24)], 8 / 24 / 2)):
+        report, out = Silent(), tmp_path / f"run{len(aspects)}"
+        recipe = resolved("tokenizer", model, steps=2, sample_every=0, aspects=aspects)
+        train(TrainOptions(recipe, None, str(folder), out, device="cpu"), report)
+        told = json.loads((out / "data_report.json").read_text())
+        assert [(bucket["aspect"], bucket["count"]) for bucket in told["buckets"]] == shapes
+        assert told["cropped"] == pytest.approx(cropped)
+        assert (told["captions"], told["used"]) == (None, 24)
+        assert f"{folder}: plain folder, 24 pictures; captions are not read" in report.notices
+        assert any(notice.startswith("24 pictures (") for notice in report.notices)
+        resumed = resume(out, Silent(), steps=1, device="cpu")
+        assert isinstance(resumed, TrainResult)
+        assert resumed.steps == 3
+
+
+def test_pictures_of_an_image_root_train_and_resume(world: World, tmp_path: Path) -> None:
+    put(tmp_path / "pictures", *(f"{number}.png" for number in range(12)), size=(16, 16))
+    (tmp_path / "list").mkdir()
+    rows = [{"file_name": f"{number}.png", "text": "x"} for number in range(12)]
+    file = write_lines(tmp_path / "list" / "all.jsonl", *rows)
+    recipe = resolved("tokenizer", steps=2, sample_every=0)
+    root = tmp_path / "pictures"
+    train(TrainOptions(recipe, None, str(file), tmp_path / "run", device="cpu", image_root=root), Silent())
+    assert resume(tmp_path / "run", Silent(), steps=1, device="cpu").steps == 3  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match="--image-root is for pictures"):
+        train(TrainOptions(resolved("transformer"), None, str(world.store), tmp_path / "t", image_root=root), Silent())
+
+
+def test_each_epoch_draws_another_caption_of_a_picture(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 pictures in batches of 4 with 3 captions each: after 3 epochs of 3 steps all have been learned with."""
+    names = {number: f"{number}.png" for number in range(12)}
+    put(tmp_path / "data", *names.values(), size=(16, 16))
+    captions = [(number, f"caption {place} of {number}") for number in range(1, 12) for place in range(3)]
+    write_coco(tmp_path / "data" / "captions.json", names, captions)
+    tokenize(TokenizeOptions(str(tmp_path / "data"), tmp_path / "s", str(world.tokenizer_run), device="cpu"), Silent())
+    seen: list[dict[int, tuple[int, ...]]] = []
+    losses = TransformerStage._losses
+
+    def watched(self: TransformerStage, indices: list[int], ids: list[list[int]], *rest: Any) -> Any:
+        seen.append({index: tuple(tokens) for index, tokens in zip(indices, ids, strict=True)})
+        return losses(self, indices, ids, *rest)
+
+    monkeypatch.setattr(TransformerStage, "_losses", watched)
+    recipe = resolved("transformer", steps=9, accumulation=1, validation_images=0, sample_every=9)
+    run = tmp_path / "run"
+    train(TrainOptions(recipe, None, str(tmp_path / "s"), run, str(world.tokenizer_run), "cpu"), Silent())
+    assert len(seen) == 9
+    for index in range(12):
+        learned = [batch[index] for batch in seen if index in batch]
+        assert len(learned) == 3
+        # picture 0 has no caption and is learned with an empty prompt
+        assert len(set(learned)) == (1 if index == 0 else 3)
+    shown = (run / "samples" / "captions.txt").read_text().splitlines()
+    assert all(line == "" or line.startswith("caption 0 of") for line in shown)
 
 
 def test_resume_says_when_there_is_nothing_to_do_and_extends(world: World, tmp_path: Path) -> None:
