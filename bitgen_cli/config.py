@@ -89,6 +89,20 @@ class TokenizerConfig(Section):
         default=None,
         description="groups of GroupNorm; none: as published, 32 where the channels divide by it, else 24",
     )
+    active_bits: Annotated[list[PositiveInt], Field(min_length=1)] | None = Field(
+        default=None,
+        description="numbers of bits it can be used with, ascending: the first so many channels; none: all bits alone",
+    )
+
+    @property
+    def bit_counts(self) -> tuple[int, ...]:
+        """Numbers of bits it can be used with, ascending."""
+        return (self.bits,) if self.active_bits is None else tuple(self.active_bits)
+
+    @property
+    def most_bits(self) -> int:
+        """Bits it is used with unless fewer are asked for."""
+        return self.bit_counts[-1]
 
     def groups(self, channels: int) -> int:
         """Groups of a GroupNorm over that many channels."""
@@ -112,6 +126,11 @@ class TokenizerConfig(Section):
                 problems["base_channels"] = (
                     f"{channels} channels (base_channels x {multiplier}) must divide by {needed}"
                 )
+        if self.active_bits is not None:
+            if sorted(set(self.active_bits)) != self.active_bits:
+                problems["active_bits"] = "must be ascending, each number once"
+            elif self.active_bits[-1] > self.bits:
+                problems["active_bits"] = f"must be at most bits {self.bits}"
         self._refuse(problems)
         return self
 
@@ -269,8 +288,8 @@ class ModelConfig(Section):
 
     @property
     def bits_per_position(self) -> int:
-        """K: bits the transformer predicts per position."""
-        return self.tokenizer.bits * (4 if self.transformer.patchify else 1)
+        """K: bits the transformer predicts per position, with all the bits the tokenizer is used with."""
+        return self.tokenizer.most_bits * (4 if self.transformer.patchify else 1)
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
@@ -350,6 +369,10 @@ class TokenizerTraining(LoopConfig):
     structural_weight: NonNegativeFloat = Field(default=0.1, description="1 - SSIM")
     entropy_weight: NonNegativeFloat = Field(default=0.05, description="BSQ: sure bits, evenly used bits")
     commitment_weight: NonNegativeFloat = Field(default=0.02, description="latent near its quantised sum")
+    every_bit_count: bool = Field(
+        default=False,
+        description="decode each batch with every number of model.tokenizer.active_bits, not with one that is drawn",
+    )
     picture_cache: NonNegativeFloat = Field(
         default=2.0, description="GiB of memory for pictures already read"
     )
