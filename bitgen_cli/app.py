@@ -76,6 +76,7 @@ Device = Annotated[str, _option("DEVICE", "auto, cpu, cuda, cuda:N or mps.", _CO
 Dtype = Annotated[str, _option("DTYPE", "auto, fp32, bf16 or fp16.", _COMPUTING)]
 Model = Annotated[str, _option("MODEL", "A model folder, a run folder, or demo, the built-in model.")]
 Resolution = Annotated[str | None, _option("RESOLUTION", "Pixel budget: 0.06M, 0.25M, 0.60M or 1M.")]
+Bits = Annotated[int | None, _option("N", "Bits per latent position, where a model may be used with several.", least=1)]
 Overrides = Annotated[
     list[str] | None,
     _option(
@@ -175,6 +176,7 @@ def sample(
         _option("W:H", "Shape of the picture, for example 16:9.", _DRAWING),
     ] = None,
     resolution: Resolution = None,
+    bits: Bits = None,
     subjects: Annotated[
         list[str] | None,
         _option(
@@ -235,6 +237,7 @@ def sample(
         negative_prompt=negative_prompt,
         aspect=aspect,
         resolution=resolution,
+        bits=bits,
         subjects=tuple(subjects or ()),
         output=output,
         grid=grid,
@@ -259,6 +262,7 @@ def tokenize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the token store.")],
     model: Model = "demo",
     resolution: Resolution = None,
+    bits: Bits = None,
     latents: Annotated[
         bool,
         _flag(
@@ -292,6 +296,7 @@ def tokenize(
         latents=latents,
         reconstruct=reconstruct,
         resolution=resolution,
+        bits=bits,
         device=device,
         dtype=dtype,
         workers=workers,

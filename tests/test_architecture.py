@@ -37,10 +37,11 @@ ENGINE_ORDER = {
     "pyramid": {"bits", "scales"},
     "convolution": set(),
     "autoencoder": {"convolution"},
-    "tokenizer": {"autoencoder", "pyramid", "scales"},
+    "active_bits": set(),
+    "tokenizer": {"autoencoder", "active_bits", "pyramid", "scales"},
     "layers": {"scales"},
     "transformer": {"layers", "scales"},
-    "sampling": {"transformer", "tokenizer", "pyramid", "bits", "scales"},
+    "sampling": {"transformer", "tokenizer", "active_bits", "pyramid", "bits", "scales"},
 }
 """The walk of a picture through the engine: each module to the engine modules it may import."""
 

@@ -5,8 +5,6 @@ Source: INFINITY_FORMAT section 3, "Bit quantiser" (bsq_vae/multiscale_bsq.py); 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,27 +41,6 @@ def codes(bits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     scale = bits.shape[1] ** -0.5
     return bits.to(dtype).mul_(2 * scale).sub_(scale)
-
-
-def active(latent: Tensor, count: int) -> Tensor:
-    """The first channels of a latent, as long as all of them together: what is quantised where fewer bits are used.
-
-    The scale goes with that of the codes, so that the bits of a channel are those it has among all, up to rounding.
-
-    Args:
-        latent: (B, C, H, W).
-        count: channels d, 1 ... C; with all of them the latent is returned as it is.
-
-    Returns:
-        (B, d, H, W), sqrt(C/d) times the channels.
-    """
-    channels = latent.shape[1]
-    return latent if count == channels else latent[:, :count] * math.sqrt(channels / count)
-
-
-def widened(total: Tensor, channels: int) -> Tensor:
-    """The sum of a picture's first d channels (B, d, H, W) with zeros for the others, (B, channels, H, W)."""
-    return total if total.shape[1] == channels else F.pad(total, (0, 0, 0, 0, 0, channels - total.shape[1]))
 
 
 def pack(bits: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitgen_cli.config import Config, TokenizerTraining
 from bitgen_cli.engine.data import PictureSource, to_tensor
-from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
+from bitgen_cli.engine.scales import Schedule, budgeted, largest, nearest_ratio, ratios
 from bitgen_cli.errors import InputError, ResourceError
 from bitgen_cli.report import Report
 
@@ -40,6 +40,7 @@ class Pictures:
         self._report = report
         self._kept: dict[int, Tensor] = {}
         self._room = int(training.picture_cache * 2**30)
+        self._largest = largest(training.resolutions)
         self._bad: set[int] = set()
         self._ratios = self._find_ratios()
         self._coming: dict[int, Future[npt.NDArray[np.uint8]]] = {}
@@ -76,10 +77,11 @@ class Pictures:
         """The table's aspect ratio nearest to the picture's."""
         return ratios(self._config.model.scales)[0] if self._ratios is None else self._ratios[index]
 
-    def schedule(self, index: int) -> Schedule:
-        """The scales of the picture."""
+    def schedule(self, index: int, budget: str | int | None = None) -> Schedule:
+        """The scales of the picture; of the size it has here, or with another of the recipe's budgets."""
         model = self._config.model
-        return schedule(model.scales, patchify=model.transformer.patchify, ratio=self.ratio(index))
+        patchify, budget = model.transformer.patchify, budget or self._largest
+        return budgeted(model.scales, patchify=patchify, ratio=self.ratio(index), budget=budget)
 
     def close(self) -> None:
         """Ends the workers."""

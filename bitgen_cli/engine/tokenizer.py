@@ -1,7 +1,6 @@
 """The visual tokenizer: autoencoder and pyramid together, images to bits and back.
 
-One tokenizer may be used with several numbers of bits d: then only the first d of its C latent channels are quantised,
-each to +-1/sqrt(d), and its decoder sees zeros in place of the others.
+It may be used with several numbers of bits d (active_bits.py): shapes below have d channels instead of C.
 """
 
 from __future__ import annotations
@@ -10,24 +9,9 @@ from torch import Tensor, nn
 
 from bitgen_cli.config import TokenizerConfig
 from bitgen_cli.engine import pyramid
+from bitgen_cli.engine.active_bits import active, widened
 from bitgen_cli.engine.autoencoder import Autoencoder
-from bitgen_cli.engine.bits import active, widened
 from bitgen_cli.engine.scales import Schedule
-from bitgen_cli.errors import UsageError
-
-
-def bits_in_use(config: TokenizerConfig, asked: int | None) -> int:
-    """The number of bits d a tokenizer is used with: the one asked for, or the most it can be used with.
-
-    Raises:
-        UsageError: it was not made for that number.
-    """
-    if asked is None:
-        return config.most_bits
-    if asked not in config.bit_counts:
-        known = " or ".join(map(str, config.bit_counts))
-        raise UsageError(f"this model's tokenizer was not trained for {asked} bits", f"it is used with {known}")
-    return asked
 
 
 class Tokenizer(nn.Module):

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitgen_cli.config import Config, TransformerTraining
 from bitgen_cli.engine import pyramid
+from bitgen_cli.engine.active_bits import active, draw, logits_in_use, widened_positions
 from bitgen_cli.engine.bits import to_positions
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import grid, to_uint8
@@ -61,7 +62,8 @@ class TransformerStage:
         device: where it is computed.
 
     Raises:
-        UsageError: the store's scales are not the model's, or it has no latents and flips are asked for.
+        UsageError: the store's scales are not the model's, it has too few bits, or it has no latents where flips or
+            other numbers of bits need them.
         ResourceError: compilation is asked for where there is no compiler.
     """
 
@@ -80,6 +82,7 @@ class TransformerStage:
         self.config = config
         self.paces: Mapping[str, Pace] = {}
         self.training: TransformerTraining = training
+        self.bit_counts = config.model.tokenizer.bit_counts
         self.store = store
         self.device = device
         self.tokenizer = tokenizer.requires_grad_(False).to(device).eval()
@@ -105,21 +108,31 @@ class TransformerStage:
     def loss(
         self, indices: list[int], generator: torch.Generator, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Bitwise cross-entropy of one micro-batch; caption dropout and flips come from the generator."""
+        """Bitwise cross-entropy of one micro-batch; caption dropout, flips and the number of bits are drawn."""
+        bits = draw(self.bit_counts, generator)
         dropped = torch.rand(len(indices), generator=generator) < self.training.caption_dropout
         strength = self._flip_strength(step)
         flips = flipper(strength, self.training.flip_scales, generator) if strength > 0 else None
-        loss, accuracy, per_scale = self._losses(indices, flips, dropped)
+        loss, accuracy, per_scale = self._losses(indices, bits, flips, dropped)
         measured = {f"bit_accuracy/{k}": value for k, value in enumerate(accuracy.unbind())}
         return loss, measured | {f"loss/{k}": value for k, value in enumerate(per_scale.unbind())}
 
     def validate(self) -> dict[str, float]:
-        """Means over the held-out pictures, unchanged: val_loss, val_bit_accuracy/k, val_loss/k."""
+        """Means over the held-out pictures, unchanged: val_loss, val_bit_accuracy/k, val_loss/k.
+
+        Where the model is used with several numbers of bits, val_loss is the mean of val_loss_16_bits and so on, and
+        what is measured per scale is so with the most.
+        """
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
+        several = len(self.bit_counts) > 1
         for indices in self._validation:
-            loss, accuracy, per_scale = self._losses(indices, None, None)
-            measured = {"val_loss": loss.item()}
+            measured: dict[str, float] = {"val_loss": 0.0}
+            for bits in self.bit_counts:
+                loss, accuracy, per_scale = self._losses(indices, bits, None, None)
+                measured["val_loss"] += loss.item() / len(self.bit_counts)
+                if several:
+                    measured[f"val_loss_{bits}_bits"] = loss.item()
             measured |= {f"val_bit_accuracy/{k}": value for k, value in enumerate(accuracy.tolist())}
             measured |= {f"val_loss/{k}": value for k, value in enumerate(per_scale.tolist())}
             for name, value in measured.items():
@@ -128,7 +141,10 @@ class TransformerStage:
         return {name: value / counts[name] for name, value in sums.items()}
 
     def draw_samples(self, file: Path) -> None:
-        """Stored pictures, decoded, above pictures drawn from their captions; captions.txt names those."""
+        """Stored pictures, decoded, above pictures drawn from their captions; captions.txt names those.
+
+        There is a row of drawn ones for each number of bits, in ascending order.
+        """
         scales = self.store.schedule(self.store.ratio(self._shown[0]))
         captions = [self.store.captions[index] for index in self._shown]
         bits = [grid.to(self.device) for grid in self.store.bits(self._shown)]
@@ -136,10 +152,13 @@ class TransformerStage:
         text = self._features([self._ids[index] for index in self._shown])
         steps = plan(self.config.sampling, len(scales))
         seeds = range(len(captions))
-        drawn, _ = generate(self.module.transformer, self.tokenizer, text, scales, steps, seeds)
+        drawn = [
+            generate(self.module.transformer, self.tokenizer, text, scales, steps, seeds, bits=bits)[0]
+            for bits in self.bit_counts
+        ]
         with atomic_path(file) as temporary:
-            both = to_uint8(torch.cat((stored.float(), drawn))).cpu()
-            grid(both, len(captions)).save(temporary, format="PNG")
+            all_rows = to_uint8(torch.cat((stored.float(), *drawn))).cpu()
+            grid(all_rows, len(captions)).save(temporary, format="PNG")
         write_text(file.with_name("captions.txt"), "\n".join(captions) + "\n")
 
     def export(self, run: RunFolder, *, best: bool) -> None:
@@ -158,11 +177,11 @@ class TransformerStage:
         """Nothing works in the background."""
 
     def _losses(
-        self, indices: list[int], flips: ChangeBits | None, dropped: Tensor | None
+        self, indices: list[int], bits: int, flips: ChangeBits | None, dropped: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, bit accuracy per scale and loss per scale."""
+        """Loss, bit accuracy per scale and loss per scale of the first `bits` bits."""
         scales = self.store.schedule(self.store.ratio(indices[0]))
-        targets, inputs = self._teacher(indices, scales, flips)
+        targets, inputs = self._teacher(indices, scales, bits, flips)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.precision == "bf16"):
             text = self._features([self._ids[index] for index in indices])
             if dropped is not None:
@@ -170,17 +189,19 @@ class TransformerStage:
             recomputed = self.training.checkpoint_activations
             with attention(self.device, self.training.precision, scales, recomputed=recomputed):
                 logits = self.module.transformer(inputs, text, scales)
-        return bit_loss(logits, targets, scales, self.training)
+        return bit_loss(logits_in_use(logits, targets.shape[-1]), targets, scales, self.training)
 
     def _teacher(
-        self, indices: list[int], scales: Schedule, flips: ChangeBits | None
+        self, indices: list[int], scales: Schedule, bits: int, flips: ChangeBits | None
     ) -> tuple[Tensor, Tensor]:
-        """Targets (B, L, K) bool and inputs (B, L - 1, K)."""
+        """Targets (B, L, d) bool, or 4d when patchified, and inputs (B, L - 1, K), of the first `bits` bits d."""
         latent = self._latents(indices)
-        if latent is not None:
-            return as_positions(*pyramid.teacher_inputs(latent, scales, flips), scales)
-        targets = [bits.to(self.device) for bits in self.store.bits(indices)]
-        return as_positions(targets, pyramid.inputs_from_bits(targets, scales), scales)
+        if latent is None:
+            grids = [grid.to(self.device) for grid in self.store.bits(indices)]
+            targets, inputs = as_positions(grids, pyramid.inputs_from_bits(grids, scales), scales)
+        else:
+            targets, inputs = as_positions(*pyramid.teacher_inputs(active(latent, bits), scales, flips), scales)
+        return targets, widened_positions(inputs, self.module.transformer.bits_per_position)
 
     def _features(self, ids: list[list[int]]) -> TextFeatures:
         if self.text_is_trained:
@@ -204,6 +225,17 @@ class TransformerStage:
             raise UsageError(
                 f"the token store {self.store.path} has no latents, which self-correction flips need",
                 "tokenize again with latents, or set training.transformer.flip_strength=0",
+            )
+        stored, most = self.store.manifest.bits, self.bit_counts[-1]
+        if stored < most:
+            raise UsageError(
+                f"the token store {self.store.path} holds {stored} bits a latent position, the model has {most}",
+                f"tokenize again with --bits {most}, or set model.tokenizer.active_bits",
+            )
+        if self.bit_counts != (stored,) and not self.store.manifest.latents:
+            raise UsageError(
+                f"the token store {self.store.path} has no latents, which other numbers of bits than its {stored} need",
+                "tokenize again with latents, or set model.tokenizer.active_bits",
             )
         budgets = [None] if model.scales.custom is not None else list(RESOLUTIONS)
         for ratio in self.store.ratios:
