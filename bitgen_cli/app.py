@@ -99,6 +99,7 @@ Aspects = Annotated[
 ImageRoot = Annotated[
     Path | None, _option("FOLDER", "Where the pictures of a listing are, if not beside it; links may lead there.")
 ]
+Bits = Annotated[int | None, _option("N", "Bits per latent position, where a model may be used with several.", least=1)]
 Overrides = Annotated[
     list[str] | None,
     _option(
@@ -211,6 +212,7 @@ def sample(
         _option("W:H", "Shape of the picture, for example 16:9.", _DRAWING),
     ] = None,
     resolution: Resolution = None,
+    bits: Bits = None,
     subjects: Annotated[
         list[str] | None,
         _option(
@@ -271,6 +273,7 @@ def sample(
         negative_prompt=negative_prompt,
         aspect=aspect,
         resolution=resolution,
+        bits=bits,
         subjects=tuple(subjects or ()),
         output=output,
         grid=grid,
@@ -305,6 +308,7 @@ def tokenize(
         _option("FIELD", "Field or column that holds the captions; none reads no captions."),
     ] = None,
     image_root: ImageRoot = None,
+    bits: Bits = None,
     latents: Annotated[
         bool,
         _flag(
@@ -338,6 +342,7 @@ def tokenize(
         latents=latents,
         reconstruct=reconstruct,
         resolution=resolution,
+        bits=bits,
         device=device,
         dtype=dtype,
         workers=workers,

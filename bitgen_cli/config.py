@@ -89,6 +89,20 @@ class TokenizerConfig(Section):
         default=None,
         description="groups of GroupNorm; none: as published, 32 where the channels divide by it, else 24",
     )
+    active_bits: Annotated[list[PositiveInt], Field(min_length=1)] | None = Field(
+        default=None,
+        description="numbers of bits it can be used with, ascending: the first so many channels; none: all bits alone",
+    )
+
+    @property
+    def bit_counts(self) -> tuple[int, ...]:
+        """Numbers of bits it can be used with, ascending."""
+        return (self.bits,) if self.active_bits is None else tuple(self.active_bits)
+
+    @property
+    def most_bits(self) -> int:
+        """Bits it is used with unless fewer are asked for."""
+        return self.bit_counts[-1]
 
     def groups(self, channels: int) -> int:
         """Groups of a GroupNorm over that many channels."""
@@ -112,6 +126,11 @@ class TokenizerConfig(Section):
                 problems["base_channels"] = (
                     f"{channels} channels (base_channels x {multiplier}) must divide by {needed}"
                 )
+        if self.active_bits is not None:
+            if sorted(set(self.active_bits)) != self.active_bits:
+                problems["active_bits"] = "must be ascending, each number once"
+            elif self.active_bits[-1] > self.bits:
+                problems["active_bits"] = f"must be at most bits {self.bits}"
         self._refuse(problems)
         return self
 
@@ -269,8 +288,8 @@ class ModelConfig(Section):
 
     @property
     def bits_per_position(self) -> int:
-        """K: bits the transformer predicts per position."""
-        return self.tokenizer.bits * (4 if self.transformer.patchify else 1)
+        """K: bits the transformer predicts per position, with all the bits the tokenizer is used with."""
+        return self.tokenizer.most_bits * (4 if self.transformer.patchify else 1)
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
@@ -356,9 +375,36 @@ class TokenizerTraining(LoopConfig):
     """Stage `tokenizer`: the autoencoder and its bits."""
 
     l1_weight: NonNegativeFloat = 1.0
+    l2_weight: NonNegativeFloat = 0.0
     structural_weight: NonNegativeFloat = Field(default=0.1, description="1 - SSIM")
+    perceptual_weight: NonNegativeFloat = Field(
+        default=0.0, description="LPIPS on VGG-16; needs `pip install bitgen[lpips]`"
+    )
+    adversarial_weight: NonNegativeFloat = Field(
+        default=0.0, description="of a discriminator of patches; 0 trains none"
+    )
+    adversarial_start: NonNegativeInt = Field(default=0, description="the step it begins to learn and to count in")
+    adversarial_adaptive: bool = Field(
+        default=True, description="it moves the decoder's last layer as much as the reconstruction's losses do"
+    )
+    discriminator_channels: PositiveInt = Field(default=64, description="of its first layer")
+    discriminator_layers: Annotated[int, Field(ge=1, le=6)] = Field(default=3, description="that halve the picture")
+    discriminator_pace: PositiveFloat = Field(default=1.0, description="its learning rate / the tokenizer's")
     entropy_weight: NonNegativeFloat = Field(default=0.05, description="BSQ: sure bits, evenly used bits")
     commitment_weight: NonNegativeFloat = Field(default=0.02, description="latent near its quantised sum")
+    scale_dropout: Fraction = Field(
+        default=0.0, description="share of pictures that are decoded without their last scales"
+    )
+    scale_dropout_keep: PositiveInt = Field(default=1, description="scales that stay in any case")
+    resolutions: Annotated[list[Resolution | PositiveInt], Field(min_length=1)] | None = Field(
+        default=None,
+        description="pixel budgets of which one is drawn per batch, or with custom scales how many of the scales; "
+        "none: the model's own",
+    )
+    every_bit_count: bool = Field(
+        default=False,
+        description="decode each batch with every number of model.tokenizer.active_bits, not with one that is drawn",
+    )
     picture_cache: NonNegativeFloat = Field(
         default=2.0, description="GiB of memory for pictures already read"
     )
@@ -535,4 +581,24 @@ class Config(Section):
         layers, depth = self.sampling.cfg_layer, self.model.transformer.depth
         if max([layers] if isinstance(layers, int) else layers, default=0) > depth:
             self._refuse({"sampling.cfg_layer": f"must be at most model.transformer.depth {depth}"})
+        tokenizer = self.training.tokenizer
+        if tokenizer is not None:
+            self._refuse(_wrong_recipe(tokenizer, self.model.scales))
         return self
+
+
+def _wrong_recipe(recipe: TokenizerTraining, scales: ScalesConfig) -> dict[str, str]:
+    """What of a tokenizer's recipe does not fit the model's scales, by dotted key."""
+    problems = {}
+    budgets = recipe.resolutions or []
+    numbers = [budget for budget in budgets if isinstance(budget, int)]
+    shortest = PUBLISHED_SCALES
+    if scales.custom is not None:
+        shortest = min(len(sizes) for sizes in scales.custom.values())
+        if len(numbers) < len(budgets) or max(numbers, default=1) > shortest:
+            problems["training.tokenizer.resolutions"] = f"must be numbers of scales, at most {shortest}"
+    elif numbers:
+        problems["training.tokenizer.resolutions"] = "must be pixel budgets: 0.06M, 0.25M, 0.60M or 1M"
+    if recipe.scale_dropout and recipe.scale_dropout_keep > shortest:
+        problems["training.tokenizer.scale_dropout_keep"] = f"must be at most {shortest}, the scales there are"
+    return problems

@@ -28,6 +28,7 @@ _bitgen() {
         'sample --negative-prompt') words='' paths= ;;
         'sample --aspect') words='' paths= ;;
         'sample --resolution') words='0.06M 0.25M 0.60M 1M' paths= ;;
+        'sample --bits') words='' paths= ;;
         'sample --subject') words='' paths=files ;;
         'sample --output'|'sample -o') words='' paths=files ;;
         'sample --batch-size') words='' paths= ;;
@@ -39,6 +40,7 @@ _bitgen() {
         'tokenize --aspect') words='' paths= ;;
         'tokenize --caption-key') words='' paths= ;;
         'tokenize --image-root') words='' paths=folders ;;
+        'tokenize --bits') words='' paths= ;;
         'tokenize --reconstruct') words='' paths= ;;
         'tokenize --batch-size') words='' paths= ;;
         'tokenize --workers') words='' paths= ;;
@@ -102,8 +104,8 @@ _bitgen() {
         *)
             case $command in
                 '') words='sample tokenize train finetune-subject gen-priors resume inspect-config' options='--version --help -h' ;;
-                sample) words='' paths= options='--model --num-images -n --prompts --seed --cfg --cfg-layer --tau --top-k --top-p --greedy --negative-prompt --aspect --resolution --subject --output -o --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --set --help -h' ;;
-                tokenize) words='' paths=files options='--model --resolution --aspect --caption-key --image-root --latents --no-latents --reconstruct --json --batch-size --workers --device --dtype --help -h' ;;
+                sample) words='' paths= options='--model --num-images -n --prompts --seed --cfg --cfg-layer --tau --top-k --top-p --greedy --negative-prompt --aspect --resolution --bits --subject --output -o --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --set --help -h' ;;
+                tokenize) words='' paths=files options='--model --resolution --aspect --caption-key --image-root --bits --latents --no-latents --reconstruct --json --batch-size --workers --device --dtype --help -h' ;;
                 train) words='' paths= options='--data --out --preset --stage --init --aspect --image-root --config --set --sweep --steps --batch-size --seed --log --device --devices --strategy --json --help -h' ;;
                 finetune-subject) words='' paths=folders options='--class --token --name --model --out --overwrite --merge --subject --train --prior --prior-weight --priors --flip --no-flip --resolution --preset --config --set --sweep --steps --seed --log --device --json --help -h' ;;
                 gen-priors) words='' paths= options='--class --count --model --template --seed --output -o --json --batch-size --device --dtype --set --help -h' ;;

@@ -166,11 +166,15 @@ class Decoder(nn.Module):
         self.norm_out = group_norm(widths[0], config)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, latent: Tensor) -> Tensor:
+    def features(self, latent: Tensor) -> Tensor:
+        """What the last layer makes the image of: (B, channels of the first level, height, width)."""
         x = self.mid(self.conv_in(laid_out(latent)))
         for level in reversed(self.up):
             x = level(x)
-        image: Tensor = self.conv_out(norm_swish(x, self.norm_out))
+        return norm_swish(x, self.norm_out)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        image: Tensor = self.conv_out(self.features(latent))
         return image
 
 

@@ -27,10 +27,12 @@ class Draws:
     Attributes:
         seed: of the micro-batch.
         rows: which of its pictures are computed here.
+        weight: of their mean in that over all processes, as in `parallel.Share`.
     """
 
     seed: int
     rows: range
+    weight: float = 1.0
 
     @cached_property
     def shared(self) -> torch.Generator:

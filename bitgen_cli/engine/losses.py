@@ -7,6 +7,7 @@ et al. 2004, Gaussian window of 11 with sigma 1.5.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -14,7 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitgen_cli.config import SubjectTraining, TokenizerTraining, TransformerTraining
+from bitgen_cli.engine.perceptual import Perceptual
 from bitgen_cli.engine.scales import Schedule
+
+MeanOverRanks = Callable[[Tensor], Tensor]
+"""A tensor to its mean over the processes that share a batch, without gradient."""
 
 
 def position_weights(schedule: Schedule, weighting: str) -> Tensor:
@@ -124,18 +129,26 @@ def ssim(image: Tensor, other: Tensor) -> Tensor:
     return similarity.mean((1, 2, 3))
 
 
-def bit_entropy(latent: Tensor) -> tuple[Tensor, Tensor]:
+def one_rank(mean: Tensor) -> Tensor:
+    """The mean over the processes that share a batch, where there is one alone."""
+    return mean
+
+
+def bit_entropy(latent: Tensor, mean_over_ranks: MeanOverRanks = one_rank) -> tuple[Tensor, Tensor]:
     """How unsure single bits are, and how evenly the bit of each place and channel is used; both in bits, [0, 1].
 
     Usage is taken place by place: over all places at once a fixed pattern would pass for evenly used bits.
 
-    A bit's probability is the sigmoid of twice its latent value in units of a code, 1/sqrt(C).
+    A bit's probability is the sigmoid of twice its latent value in units of a code, 1/sqrt(d).
 
     Args:
-        latent: (B, C, H, W).
+        latent: (B, d, H, W).
+        mean_over_ranks: usage is that of the whole batch, which several processes may share.
     """
     probability = torch.sigmoid(2 * math.sqrt(latent.shape[1]) * latent.float())
-    return _binary_entropy(probability).mean(), _binary_entropy(probability.mean(0)).mean()
+    mean = probability.mean(0)
+    whole = mean + (mean_over_ranks(mean.detach()) - mean).detach()
+    return _binary_entropy(probability).mean(), _binary_entropy(whole).mean()
 
 
 def _binary_entropy(p: Tensor) -> Tensor:
@@ -143,29 +156,52 @@ def _binary_entropy(p: Tensor) -> Tensor:
     return -(p * p.log2() + (1 - p) * (1 - p).log2())
 
 
-def tokenizer_loss(
-    image: Tensor, reconstruction: Tensor, latent: Tensor, total: Tensor, config: TokenizerTraining
+def reconstruction_loss(
+    image: Tensor, reconstruction: Tensor, config: TokenizerTraining, perceptual: Perceptual | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The autoencoder's loss: L1, structure, sure and evenly used bits, latent near its quantised sum.
+    """How unlike a picture its reconstruction is: L1, L2, structure, and LPIPS where it is given.
 
     Args:
         image, reconstruction: (B, 3, height, width) in [-1, 1].
-        latent: (B, C, H, W) before quantisation.
-        total: (B, C, H, W) quantised sum; treated as a constant.
-        config: the four weights.
+        config: the weights.
+        perceptual: None leaves LPIPS out.
 
     Returns:
-        The loss (scalar) and its detached parts `l1`, `structure`, `bit_entropy`, `bit_usage`, `commitment`.
+        The loss (scalar) and its detached parts `l1`, `l2`, `structure`, `perceptual`.
     """
-    l1 = (image - reconstruction).abs().mean()
-    structure = 1 - ssim(image, reconstruction).mean()
-    unsure, usage = bit_entropy(latent)
-    commitment = (latent - total.detach()).square().sum(1).mean()
+    difference = image - reconstruction
+    parts = {
+        "l1": difference.abs().mean(),
+        "l2": difference.square().mean(),
+        "structure": 1 - ssim(image, reconstruction).mean(),
+    }
     loss = (
-        config.l1_weight * l1
-        + config.structural_weight * structure
-        + config.entropy_weight * (unsure - usage)
-        + config.commitment_weight * commitment
+        config.l1_weight * parts["l1"]
+        + config.l2_weight * parts["l2"]
+        + config.structural_weight * parts["structure"]
     )
-    parts = {"l1": l1, "structure": structure, "bit_entropy": unsure, "bit_usage": usage, "commitment": commitment}
+    if perceptual is not None:
+        parts["perceptual"] = perceptual(image, reconstruction)
+        loss = loss + config.perceptual_weight * parts["perceptual"]
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def quantiser_loss(
+    latent: Tensor, total: Tensor, config: TokenizerTraining, mean_over_ranks: MeanOverRanks = one_rank
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What is asked of a latent: sure and evenly used bits, and to be near its quantised sum.
+
+    Args:
+        latent: (B, d, H, W) before quantisation.
+        total: (B, d, H, W) quantised sum; treated as a constant.
+        config: the weights.
+        mean_over_ranks: as in `bit_entropy`.
+
+    Returns:
+        The loss (scalar) and its detached parts `bit_entropy`, `bit_usage`, `commitment`.
+    """
+    unsure, usage = bit_entropy(latent, mean_over_ranks)
+    commitment = (latent - total.detach()).square().sum(1).mean()
+    loss = config.entropy_weight * (unsure - usage) + config.commitment_weight * commitment
+    parts = {"bit_entropy": unsure, "bit_usage": usage, "commitment": commitment}
     return loss, {name: part.detach() for name, part in parts.items()}

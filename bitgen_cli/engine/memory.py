@@ -159,7 +159,7 @@ class StoreBytes:
 def store_bytes(model: ModelConfig, schedule: Schedule) -> StoreBytes:
     """Bytes of a picture's packed bits, ceil(K / 8) a position, and of its bfloat16 latents."""
     packed = schedule.positions * -(-model.bits_per_position // 8)
-    return StoreBytes(packed, model.tokenizer.bits * prod(schedule.latent_sizes[-1]) * BF16)
+    return StoreBytes(packed, model.tokenizer.most_bits * prod(schedule.latent_sizes[-1]) * BF16)
 
 
 @dataclass(frozen=True)

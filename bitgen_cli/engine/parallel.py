@@ -83,12 +83,13 @@ class Ranks:
             return Share(range(0, 1), 0.0)
         return Share(range(start, stop), (stop - start) * self.count / count)
 
-    def wrap(self, module: nn.Module, units: Sequence[nn.Module]) -> Callable[..., Any]:
+    def wrap(self, module: nn.Module, units: Sequence[nn.Module], *, partly: bool = False) -> Callable[..., Any]:
         """Shares a module between the ranks; returns what is to be called in its place.
 
         Args:
             module: with equal weights on every rank.
             units: parts of it whose weights come and go together where they are shared.
+            partly: whether some of it takes no part in some steps.
         """
         if self.count == 1:
             return module
@@ -96,7 +97,9 @@ class Ranks:
             from torch.nn.parallel import DistributedDataParallel
 
             where = [self.device.index or 0] if self.device.type == "cuda" else None
-            self._wrapped = DistributedDataParallel(module, device_ids=where, gradient_as_bucket_view=True)
+            self._wrapped = DistributedDataParallel(
+                module, device_ids=where, gradient_as_bucket_view=True, find_unused_parameters=partly
+            )
         else:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -145,19 +148,20 @@ class Ranks:
         return dict(zip(sorted(values), self.mean(stacked * weight).unbind(), strict=True))
 
     def mean_over(
-        self, chunks: Sequence[list[int]], measure: Callable[[list[int]], Mapping[str, Tensor]]
+        self, chunks: Sequence[list[int]], measure: Callable[[list[int], float], Mapping[str, Tensor]]
     ) -> dict[str, float]:
         """Means of what is measured over all pictures of some batches, which the ranks share.
 
         Args:
             chunks: batches of pictures; empty ones do not occur.
-            measure: means over the pictures it is given, single numbers.
+            measure: means over the pictures it is given, single numbers; it is told their weight, too.
         """
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         for whole in chunks:
             share = self.share(len(whole))
-            values = self.means(measure(whole[share.rows.start : share.rows.stop]), share.weight)
+            mine = whole[share.rows.start : share.rows.stop]
+            values = self.means(measure(mine, share.weight), share.weight)
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(whole)
                 counts[name] = counts.get(name, 0) + len(whole)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitgen_cli.config import Config, TokenizerTraining
 from bitgen_cli.engine.data import to_tensor
-from bitgen_cli.engine.scales import Schedule, buckets, nearest, schedule
+from bitgen_cli.engine.scales import Schedule, buckets, budgeted, largest, nearest
 from bitgen_cli.engine.sources import PictureSource
 from bitgen_cli.errors import InputError, ResourceError
 from bitgen_cli.report import Report
@@ -41,6 +41,7 @@ class Pictures:
         self._report = report
         self._kept: dict[int, Tensor] = {}
         self._room = int(training.picture_cache * 2**30)
+        self._largest = largest(training.resolutions)
         self._bad: set[int] = set()
         self._buckets = buckets(config.model.scales, training.aspects)
         self._ratios = self._find_ratios()
@@ -82,10 +83,11 @@ class Pictures:
         """The aspect ratio in use that is nearest to the picture's."""
         return self._buckets[0] if self._ratios is None else self._ratios[index]
 
-    def schedule(self, index: int) -> Schedule:
-        """The scales of the picture."""
+    def schedule(self, index: int, budget: str | int | None = None) -> Schedule:
+        """The scales of the picture; of the size it has here, or with another of the recipe's budgets."""
         model = self._config.model
-        return schedule(model.scales, patchify=model.transformer.patchify, ratio=self.ratio(index))
+        patchify, budget = model.transformer.patchify, budget or self._largest
+        return budgeted(model.scales, patchify=patchify, ratio=self.ratio(index), budget=budget)
 
     def close(self) -> None:
         """Ends the workers."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitgen_cli.config import SamplingConfig
 from bitgen_cli.engine import pyramid
+from bitgen_cli.engine.active_bits import logits_in_use, widened_positions
 from bitgen_cli.engine.bits import codes, to_grid, to_positions
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
@@ -109,7 +110,7 @@ def choose_bits(probabilities: Tensor, generators: Sequence[torch.Generator]) ->
 
 @dataclass(frozen=True)
 class Drawn:
-    """Bits of a batch: per scale (B, C, h, w) bool, and their quantised sum (B, C, H, W) float32."""
+    """Bits of a batch: per scale (B, d, h, w) bool, and their quantised sum (B, d, H, W) float32."""
 
     bits: list[Tensor]
     total: Tensor
@@ -123,6 +124,7 @@ def draw_bits(
     plan: SamplingPlan,
     seeds: Sequence[int],
     *,
+    bits: int | None = None,
     negative: TextFeatures | None = None,
     on_scale: Callable[[int], None] | None = None,
     on_logits: Callable[[int, Tensor], None] | None = None,
@@ -135,14 +137,17 @@ def draw_bits(
         schedule: scales of the pictures.
         plan: how bits are chosen; as many entries as scales.
         seeds: one per picture.
+        bits: d, the first bits of a latent position that are drawn; None draws all.
         negative: B prompts to guide away from; None takes the learned unconditional prompt.
         on_scale: called with each scale's index when it is done.
-        on_logits: called with the index and the logits (B, l, 2K) the bits are chosen from.
+        on_logits: called with the index and the logits (B, l, 2K) the bits are chosen from, of those drawn.
 
     Returns:
         Bits and their sum.
     """
     batch = len(seeds)
+    every = transformer.bits_per_position
+    drawn = every if bits is None else bits * schedule.cell**2
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     guided_scales = [k for k, cfg in enumerate(plan.cfg) if cfg != 1]
     last_guided = max(guided_scales, default=-1)
@@ -151,7 +156,7 @@ def draw_bits(
     condition = transformer.condition(text)
     cache = transformer.new_cache(len(text.lengths), schedule)
     total: Tensor | None = None
-    bits: list[Tensor] = []
+    grids: list[Tensor] = []
     for k, size in enumerate(schedule.sizes):
         rows = 2 * batch if k <= last_guided else batch
         if rows < condition.pooled.shape[0]:
@@ -159,22 +164,22 @@ def draw_bits(
         inputs = None
         if total is not None:
             seen = pyramid.next_input(total, schedule.latent_sizes[k])
-            inputs = to_positions(seen, schedule.cell).repeat(rows // batch, 1, 1)
+            inputs = widened_positions(to_positions(seen, schedule.cell), every).repeat(rows // batch, 1, 1)
         cfg = plan.cfg[k]
         at_blocks = _guide_at_blocks(cfg, plan.cfg_layers, len(transformer.blocks))
-        logits = transformer.step(k, inputs, condition, schedule, cache, at_blocks)
+        logits = logits_in_use(transformer.step(k, inputs, condition, schedule, cache, at_blocks), drawn)
         logits = guide(logits, cfg) if cfg != 1 and 0 in plan.cfg_layers else logits[:batch]
         logits = logits / plan.tau[k]
         if on_logits is not None:
             on_logits(k, logits)
         chosen = choose_bits(bit_probabilities(logits, plan.top_k, plan.top_p), generators)
         grid = to_grid(chosen, size, schedule.cell)
-        bits.append(grid)
+        grids.append(grid)
         total = pyramid.accumulate(total, codes(grid), schedule.latent_sizes[-1])
         if on_scale is not None:
             on_scale(k)
     assert total is not None
-    return Drawn(bits, total)
+    return Drawn(grids, total)
 
 
 def _guide_at_blocks(cfg: float, layers: Sequence[int], depth: int) -> AfterBlock | None:
@@ -198,6 +203,7 @@ def generate(
     plan: SamplingPlan,
     seeds: Sequence[int],
     *,
+    bits: int | None = None,
     negative: TextFeatures | None = None,
     on_scale: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Drawn]:
@@ -208,7 +214,7 @@ def generate(
     Returns:
         Images (B, 3, height, width) float32 RGB in [-1, 1], and the bits they came from.
     """
-    drawn = draw_bits(transformer, text, schedule, plan, seeds, negative=negative, on_scale=on_scale)
+    drawn = draw_bits(transformer, text, schedule, plan, seeds, bits=bits, negative=negative, on_scale=on_scale)
     dtype = next(tokenizer.parameters()).dtype
     # one at a time: convolutions of a batch round differently, and a picture must not depend on its company
     images = [tokenizer.decode(total).float() for total in torch.split(drawn.total.to(dtype), 1)]

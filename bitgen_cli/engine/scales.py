@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
@@ -177,3 +177,24 @@ def schedule(
         raise UsageError(f"unknown resolution {budget!r}", f"known: {', '.join(RESOLUTIONS)}")
     sizes = PUBLISHED[ratio]
     return Schedule(ratio, sizes[: RESOLUTIONS[budget]], sizes[-1], cell)
+
+
+def budgeted(
+    config: ScalesConfig, *, patchify: bool, ratio: float = 1.0, budget: str | int | None = None
+) -> Schedule:
+    """The schedule of a tokenizer's training: as `schedule`, or the first so many scales of a custom one.
+
+    Args:
+        budget: pixel budget of a published schedule, or a number of scales; None takes the configured schedule.
+    """
+    if not isinstance(budget, int):
+        return schedule(config, patchify=patchify, ratio=ratio, resolution=budget)
+    whole = schedule(config, patchify=patchify, ratio=ratio)
+    return replace(whole, sizes=whole.sizes[:budget])
+
+
+def largest(budgets: Sequence[str | int] | None) -> str | int | None:
+    """The budget of the most pixels; None where there are none."""
+    if budgets is None:
+        return None
+    return max(budgets, key=lambda budget: budget if isinstance(budget, int) else RESOLUTIONS[budget])

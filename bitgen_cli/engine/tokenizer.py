@@ -1,4 +1,7 @@
-"""The visual tokenizer: autoencoder and pyramid together, images to bits and back."""
+"""The visual tokenizer: autoencoder and pyramid together, images to bits and back.
+
+It may be used with several numbers of bits d (active_bits.py): shapes below have d channels instead of C.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from torch import Tensor, nn
 
 from bitgen_cli.config import TokenizerConfig
 from bitgen_cli.engine import pyramid
+from bitgen_cli.engine.active_bits import active, widened
 from bitgen_cli.engine.autoencoder import Autoencoder
 from bitgen_cli.engine.scales import Schedule
 
@@ -14,7 +18,7 @@ class Tokenizer(nn.Module):
     """Images to bits per scale and back.
 
     Args:
-        config: geometry of the autoencoder; its `bits` are the latent channels.
+        config: geometry of the autoencoder; its `bits` are the latent channels C.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -22,23 +26,28 @@ class Tokenizer(nn.Module):
         self.config = config
         self.autoencoder = Autoencoder(config)
 
-    def latent(self, image: Tensor) -> Tensor:
-        """What is quantised: (B, C, H, W) of an image (B, 3, height, width) in [-1, 1]."""
-        return self.autoencoder.encode(image)
+    def latent(self, image: Tensor, bits: int | None = None) -> Tensor:
+        """What is quantised: (B, d, H, W) of an image (B, 3, height, width) in [-1, 1].
 
-    def encode(self, image: Tensor, schedule: Schedule) -> tuple[list[Tensor], Tensor]:
-        """Bits per scale, each (B, C, h, w) bool, and their quantised sum (B, C, H, W).
+        Args:
+            bits: d; None is the most the tokenizer is used with.
+        """
+        return active(self.autoencoder.encode(image), bits or self.config.most_bits)
+
+    def encode(self, image: Tensor, schedule: Schedule, bits: int | None = None) -> tuple[list[Tensor], Tensor]:
+        """Bits per scale, each (B, d, h, w) bool, and their quantised sum (B, d, H, W).
 
         Args:
             image: (B, 3, height, width) in [-1, 1], of the size `schedule.pixels(patch_size)`.
+            bits: d; None is the most the tokenizer is used with.
         """
-        return pyramid.encode(self.latent(image).float(), schedule)
+        return pyramid.encode(self.latent(image, bits).float(), schedule)
 
     def decode(self, total: Tensor) -> Tensor:
-        """Image (B, 3, height, width) in [-1, 1] of a quantised sum (B, C, H, W)."""
-        return self.autoencoder.decode(total)
+        """Image (B, 3, height, width) in [-1, 1] of a quantised sum (B, d, H, W)."""
+        return self.autoencoder.decode(widened(total, self.config.bits))
 
     def decode_bits(self, bits: list[Tensor], schedule: Schedule) -> Tensor:
-        """Image (B, 3, height, width) in [-1, 1] of bits per scale, each (B, C, h, w) bool."""
+        """Image (B, 3, height, width) in [-1, 1] of bits per scale, each (B, d, h, w) bool."""
         dtype = next(self.parameters()).dtype
         return self.decode(pyramid.decode(bits, schedule).to(dtype))

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitgen_cli.config import Config, TokenizerTraining
-from bitgen_cli.engine import pyramid
+from bitgen_cli.engine.active_bits import draw
+from bitgen_cli.engine.adversary import PatchDiscriminator, adaptive_weight, hinge_loss, least_side
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import save_grid, to_float
-from bitgen_cli.engine.device import DTYPES, autocast
+from bitgen_cli.engine.device import DTYPES
 from bitgen_cli.engine.draws import Draws
-from bitgen_cli.engine.losses import psnr, ssim, tokenizer_loss
+from bitgen_cli.engine.losses import MeanOverRanks, psnr, quantiser_loss, reconstruction_loss, ssim
 from bitgen_cli.engine.model_folder import save_model
 from bitgen_cli.engine.optimizer import Pace
 from bitgen_cli.engine.order import chunks, grouped, split
 from bitgen_cli.engine.parallel import Ranks
+from bitgen_cli.engine.perceptual import LEAST_SIDE, perceptual_distance
 from bitgen_cli.engine.pictures import Pictures
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.sources import PictureSource
 from bitgen_cli.engine.tokenizer import Tokenizer
+from bitgen_cli.engine.trained_tokenizer import Forward, Reconstruction, TrainedTokenizer
 from bitgen_cli.errors import UsageError
 from bitgen_cli.report import Report
 
 GRID_COLUMNS = 12
+SSIM_SIDE = 11
+"""Pixels along the shorter side of a picture that its structure is measured with."""
 
 
 class TokenizerStage:
-    """Autoencoder and bits, trained straight through the whole quantised latent.
+    """Autoencoder and bits, trained straight through the whole quantised latent, with an adversary on demand.
 
     Args:
         config: the whole configuration; its training.tokenizer must be there.
@@ -41,6 +47,8 @@ class TokenizerStage:
 
     Raises:
         InputError: too many pictures cannot be read.
+        UsageError: some of the bits would never be used, or pictures are too small for the recipe.
+        ResourceError: a package that the recipe needs is not installed.
     """
 
     def __init__(
@@ -54,17 +62,30 @@ class TokenizerStage:
         training = config.training.tokenizer
         assert training is not None
         self.config = config
-        self.paces: Mapping[str, Pace] = {}
         self.training: TokenizerTraining = training
         self.device = device
-        self.module = tokenizer.requires_grad_(True).to(device)
+        self.bit_counts = config.model.tokenizer.bit_counts
+        _require_every_bit(config)
+        discriminator = None
+        self.paces: Mapping[str, Pace] = {}
+        if training.adversarial_weight:
+            discriminator = PatchDiscriminator(training.discriminator_channels, training.discriminator_layers)
+            discriminator.initialise(torch.Generator().manual_seed(training.seed))
+            self.paces = {"discriminator.": Pace(training.discriminator_pace, training.adversarial_start)}
+        self.module = TrainedTokenizer(tokenizer, discriminator, training.precision).to(device)
+        self._perceptual = perceptual_distance(device) if training.perceptual_weight else None
+        self._forward: Callable[..., Forward] = self.module
+        self._ranks = Ranks(device=device)
         self._pictures = Pictures(source, config, training, report)
         trained, held_out = split(len(source), training.validation_images, training.seed)
         self.groups = grouped(trained, self._pictures.ratio)
         self._validation = chunks(grouped(held_out, self._pictures.ratio), training.batch_size)
+        self._require_size()
 
     def share(self, ranks: Ranks) -> None:
-        raise UsageError("a tokenizer is trained by one process", "leave out --devices and torchrun")
+        self._ranks = ranks
+        # the discriminator takes no part before its first step
+        self._forward = ranks.wrap(self.module, (), partly=self.module.discriminator is not None)
 
     def names(self, indices: Sequence[int]) -> list[str]:
         return [self._pictures.name(index) for index in indices]
@@ -73,61 +94,177 @@ class TokenizerStage:
         self._pictures.ahead(indices)
 
     def loss(self, indices: list[int], draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """L1, structure, entropy and commitment of one micro-batch; nothing in it is random."""
-        image, scales = self._images(indices)
-        reconstruction, latent, total = self._reconstruct(image, scales)
-        return tokenizer_loss(image, reconstruction, latent, total, self.training)
+        """Reconstruction, bits and adversary of one micro-batch.
+
+        Drawn are the number of bits and the pixel budget of the batch, and the scales that each picture is decoded
+        from; a picture's do not depend on its company.
+        """
+        training, generator = self.training, draws.shared
+        bits = self.bit_counts if training.every_bit_count else (draw(self.bit_counts, generator),)
+        image, scales = self._images(indices, _drawn_budget(training, generator))
+        kept = kept_scales(indices, len(scales), training, generator)
+        judged = bool(training.adversarial_weight) and step >= training.adversarial_start
+        found = self._forward(image, scales, bits, None if kept is None else kept.to(self.device), judged=judged)
+        likeness, quantisation, measured = self._losses(image, found.reconstructions, draws.weight)
+        loss = likeness + quantisation
+        if judged:
+            adversarial, parts = self._adversarial(likeness, found, draws.weight)
+            loss, measured = loss + adversarial, measured | parts
+        return loss, measured
 
     def validate(self) -> dict[str, float]:
-        """Means over the held-out pictures: val_loss, val_psnr (dB), val_ssim and val_bit_usage."""
-        sums: dict[str, float] = {}
-        for indices in self._validation:
+        """Means over the held-out pictures: val_loss, val_psnr (dB), val_ssim and val_bit_usage.
+
+        Where there are several numbers of bits, val_loss is their mean without the adversary, and the others are
+        measured with each, as val_psnr_16_bits and so on.
+        """
+
+        def measure(indices: list[int], weight: float) -> dict[str, Tensor]:
             image, scales = self._images(indices)
-            reconstruction, latent, total = self._reconstruct(image, scales)
-            loss, parts = tokenizer_loss(image, reconstruction, latent, total, self.training)
-            shown = reconstruction.clamp(-1, 1)
-            measured = {
-                "val_loss": loss,
-                "val_psnr": psnr(image, shown).mean(),
-                "val_ssim": ssim(image, shown).mean(),
-                "val_bit_usage": parts["bit_usage"],
-            }
-            for name, value in measured.items():
-                sums[name] = sums.get(name, 0.0) + value.item() * len(indices)
-        count = sum(len(indices) for indices in self._validation)
-        return {name: value / count for name, value in sums.items()}
+            found = self._forward(image, scales, self.bit_counts).reconstructions
+            likeness, quantisation, parts = self._losses(image, found, weight)
+            measured = {"val_loss": likeness + quantisation}
+            for reconstruction in found:
+                shown, suffix = reconstruction.image.clamp(-1, 1), self._suffix(reconstruction)
+                measured[f"val_psnr{suffix}"] = psnr(image, shown).mean()
+                measured[f"val_ssim{suffix}"] = ssim(image, shown).mean()
+                measured[f"val_bit_usage{suffix}"] = parts[f"bit_usage{suffix}"]
+            return measured
+
+        return self._ranks.mean_over(self._validation, measure)
 
     def draw_samples(self, file: Path) -> None:
-        """Originals above their reconstructions: held-out pictures where there are some."""
+        """Originals above their reconstructions, with ever more bits; held-out pictures where there are some."""
         indices = next(iter(self._validation or self.groups))[:GRID_COLUMNS]
         image, scales = self._images(indices)
-        reconstruction, _, _ = self._reconstruct(image, scales)
-        save_grid(torch.cat((image, reconstruction.clamp(-1, 1))), len(indices), file)
+        found = self.module(image, scales, self.bit_counts).reconstructions
+        shown = [reconstruction.image.clamp(-1, 1) for reconstruction in found]
+        save_grid(torch.cat((image, *shown)), len(indices), file)
 
     def export(self, run: RunFolder, *, best: bool) -> None:
         """A model folder of the tokenizer alone."""
         dtype = DTYPES[self.training.export_precision]
-        save_model(run.model, self.config.model, self.config.sampling, tokenizer=self.module, dtype=dtype)
+        save_model(run.model, self.config.model, self.config.sampling, tokenizer=self.module.tokenizer, dtype=dtype)
 
     def close(self) -> None:
         self._pictures.close()
 
-    def _reconstruct(self, image: Tensor, scales: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction and latent of an image, and the quantised sum.
+    def _losses(
+        self, image: Tensor, found: Sequence[Reconstruction], weight: float
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Losses of the reconstructions and of the bits, means over the numbers of bits, and their parts."""
+        likeness, quantisation = [], []
+        measured: dict[str, Tensor] = {}
+        for reconstruction in found:
+            unlike, looks = reconstruction_loss(image, reconstruction.image, self.training, self._perceptual)
+            unfit, uses = quantiser_loss(
+                reconstruction.latent, reconstruction.total, self.training, self._mean_over_ranks(weight)
+            )
+            likeness.append(unlike)
+            quantisation.append(unfit)
+            suffix = self._suffix(reconstruction)
+            measured |= {f"{name}{suffix}": value for name, value in (looks | uses).items()}
+        return torch.stack(likeness).mean(), torch.stack(quantisation).mean(), measured
 
-        The decoder sees the sum; its gradient goes straight to the latent, past all scales at once.
+    def _mean_over_ranks(self, weight: float) -> MeanOverRanks:
+        """The mean of a tensor over all pictures of a batch; `weight` is that of this rank's."""
+        return lambda tensor: self._ranks.mean(tensor * weight)
+
+    def _adversarial(self, likeness: Tensor, found: Forward, share: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the decoder loses to the discriminator and what that loses itself, and their parts."""
+        assert found.real is not None
+        fooling, seeing = [], []
+        for reconstruction in found.reconstructions:
+            assert reconstruction.fooling is not None
+            assert reconstruction.fake is not None
+            fooling.append(-reconstruction.fooling.mean())
+            seeing.append(hinge_loss(found.real, reconstruction.fake))
+        generator, discriminator = torch.stack(fooling).mean(), torch.stack(seeing).mean()
+        weight = torch.full((), self.training.adversarial_weight, device=generator.device)
+        if self.training.adversarial_adaptive:
+            weight = weight * adaptive_weight(
+                likeness,
+                generator,
+                [reconstruction.image for reconstruction in found.reconstructions],
+                [reconstruction.features for reconstruction in found.reconstructions],
+                self.module.tokenizer.autoencoder.decoder.conv_out,
+                self._mean_over_ranks(share),
+            )
+        parts = {"generator": generator, "discriminator": discriminator, "adversarial_weight": weight}
+        return weight * generator + discriminator, {name: part.detach() for name, part in parts.items()}
+
+    def _suffix(self, reconstruction: Reconstruction) -> str:
+        """Behind the names of what is measured with some number of bits, where there are several."""
+        return f"_{reconstruction.latent.shape[1]}_bits" if len(self.bit_counts) > 1 else ""
+
+    def _images(self, indices: list[int], budget: str | int | None = None) -> tuple[Tensor, Schedule]:
+        """Pictures of one aspect ratio, (B, 3, height, width) in [-1, 1], and their schedule.
+
+        Args:
+            budget: one of the recipe's; None is the largest, or the model's own where the recipe has none.
         """
-        with autocast(self.device, self.training.precision):
-            latent = self.module.latent(image)
-        latent = latent.float()
-        with torch.no_grad():
-            _, total = pyramid.encode(latent, scales)
-        with autocast(self.device, self.training.precision):
-            reconstruction = self.module.autoencoder.decoder(latent + (total - latent).detach())
-        return reconstruction.float(), latent, total
+        scales = self._pictures.schedule(indices[0], budget)
+        image = to_float(torch.stack([self._pictures[index] for index in indices]).to(self.device))
+        size = scales.pixels(self.config.model.tokenizer.patch_size)
+        if image.shape[-2:] != size:
+            image = F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+        return image, scales
 
-    def _images(self, indices: list[int]) -> tuple[Tensor, Schedule]:
-        """Pictures of one aspect ratio, (B, 3, height, width) in [-1, 1], and their schedule."""
-        scales = self._pictures.schedule(indices[0])
-        pixels = torch.stack([self._pictures[index] for index in indices])
-        return to_float(pixels.to(self.device)), scales
+    def _require_size(self) -> None:
+        """Raises UsageError when pictures are smaller than some loss can bear."""
+        training, patch_size = self.training, self.config.model.tokenizer.patch_size
+        needed = {"SSIM": SSIM_SIDE}
+        if training.perceptual_weight:
+            needed["perceptual_weight"] = LEAST_SIDE
+        if training.adversarial_weight:
+            needed["discriminator_layers"] = least_side(training.discriminator_layers)
+        what = max(needed, key=lambda name: needed[name])
+        for group in self.groups:
+            for budget in training.resolutions or (None,):
+                height, width = self._pictures.schedule(group[0], budget).pixels(patch_size)
+                if min(height, width) < needed[what]:
+                    raise UsageError(
+                        f"pictures of {height}x{width} pixels are too small for training.tokenizer: "
+                        f"{what} needs {needed[what]} along the shorter side"
+                    )
+
+
+def kept_scales(
+    indices: Sequence[int], scales: int, training: TokenizerTraining, generator: torch.Generator
+) -> Tensor | None:
+    """How many scales of each picture the decoder sees, (B,); None where no recipe leaves any out.
+
+    Args:
+        indices: of the pictures: what is drawn for one depends on it and the generator, not on the others.
+        scales: there are.
+        training: its scale_dropout and scale_dropout_keep.
+        generator: draws once.
+    """
+    if not training.scale_dropout:
+        return None
+    seed = int(torch.randint(2**62, (), generator=generator))
+    kept = []
+    for index in indices:
+        own = torch.Generator().manual_seed(seed + index)
+        dropped = float(torch.rand((), generator=own)) < training.scale_dropout
+        least = min(training.scale_dropout_keep, scales)
+        kept.append(int(torch.randint(least, scales, (), generator=own)) if dropped and least < scales else scales)
+    return torch.tensor(kept)
+
+
+def _drawn_budget(training: TokenizerTraining, generator: torch.Generator) -> str | int | None:
+    """One of the recipe's pixel budgets, each as likely."""
+    if training.resolutions is None:
+        return None
+    return training.resolutions[int(torch.randint(len(training.resolutions), (), generator=generator))]
+
+
+def _require_every_bit(config: Config) -> None:
+    """Raises UsageError when some of the tokenizer's bits would never be used."""
+    tokenizer = config.model.tokenizer
+    if tokenizer.most_bits < tokenizer.bits:
+        raise UsageError(
+            f"model.tokenizer.active_bits ends with {tokenizer.most_bits}: the last of {tokenizer.bits} bits "
+            "would learn nothing",
+            "end it with model.tokenizer.bits",
+        )

@@ -325,7 +325,7 @@ class Trainer:
             whole = self._next(step * config.accumulation + micro)
             share = self.ranks.share(len(whole))
             indices, weight = whole[share.rows.start : share.rows.stop], share.weight
-            draws = Draws(mix(config.seed, _STEP, step, micro), share.rows)
+            draws = Draws(mix(config.seed, _STEP, step, micro), share.rows, weight)
             with self.ranks.syncing(micro == config.accumulation - 1):
                 loss, measured = self.stage.loss(indices, draws, step)
                 scaled = loss * (self.progress.scale.value * weight) / config.accumulation

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitgen_cli.config import Config, TransformerTraining
 from bitgen_cli.engine import pyramid
+from bitgen_cli.engine.active_bits import active, draw, logits_in_use, widened_positions
 from bitgen_cli.engine.bits import to_positions
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import grid, to_uint8
@@ -95,7 +96,8 @@ class TransformerStage:
         device: where it is computed.
 
     Raises:
-        UsageError: the store's scales are not the model's, or it has no latents and flips are asked for.
+        UsageError: the store's scales are not the model's, it has too few bits, or it has no latents where flips or
+            other numbers of bits need them.
         ResourceError: compilation is asked for where there is no compiler.
     """
 
@@ -114,6 +116,7 @@ class TransformerStage:
         self.config = config
         self.paces: Mapping[str, Pace] = {}
         self.training: TransformerTraining = training
+        self.bit_counts = config.model.tokenizer.bit_counts
         self.store = store
         self.device = device
         self.tokenizer = tokenizer.requires_grad_(False).to(device).eval()
@@ -149,32 +152,46 @@ class TransformerStage:
         """Nothing to do: a token store needs no reading ahead."""
 
     def loss(self, indices: list[int], draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Bitwise cross-entropy of one micro-batch; caption dropout, drop path and flips come from the draws.
+        """Bitwise cross-entropy of one micro-batch.
 
-        Of several captions of a picture each epoch has its own.
+        Caption dropout, drop path, flips and the number of bits come from the draws; of several captions of a picture
+        each epoch has its own.
         """
+        bits = draw(self.bit_counts, draws.shared)
         dropped = draws.uniform() < self.training.caption_dropout
         strength = self._flip_strength(step)
         flips = flipper(strength, self.training.flip_scales, draws) if strength > 0 else None
         epoch = self._epoch(step)
         ids = [drawn_caption(self._ids[index], self.training.seed, epoch, index) for index in indices]
-        loss, accuracy, per_scale = self._losses(indices, ids, flips, dropped, self._kept_branches(draws))
+        loss, accuracy, per_scale = self._losses(indices, ids, bits, flips, dropped, self._kept_branches(draws))
         measured = {f"bit_accuracy/{k}": value for k, value in enumerate(accuracy.unbind())}
         return loss, measured | {f"loss/{k}": value for k, value in enumerate(per_scale.unbind())}
 
     def validate(self) -> dict[str, float]:
-        """Means over the held-out pictures, unchanged: val_loss, val_bit_accuracy/k, val_loss/k."""
+        """Means over the held-out pictures, unchanged: val_loss, val_bit_accuracy/k, val_loss/k.
 
-        def measure(indices: list[int]) -> dict[str, Tensor]:
-            loss, accuracy, per_scale = self._losses(indices, [self._ids[index][0] for index in indices])
-            measured = {"val_loss": loss}
+        Where the model is used with several numbers of bits, val_loss is the mean of val_loss_16_bits and so on, and
+        what is measured per scale is so with the most.
+        """
+
+        def measure(indices: list[int], weight: float) -> dict[str, Tensor]:
+            ids = [self._ids[index][0] for index in indices]
+            found = {bits: self._losses(indices, ids, bits) for bits in self.bit_counts}
+            losses = {bits: loss for bits, (loss, _, _) in found.items()}
+            measured = {"val_loss": torch.stack(list(losses.values())).mean()}
+            if len(losses) > 1:
+                measured |= {f"val_loss_{bits}_bits": loss for bits, loss in losses.items()}
+            _, accuracy, per_scale = found[max(found)]
             measured |= {f"val_bit_accuracy/{k}": value for k, value in enumerate(accuracy.unbind())}
             return measured | {f"val_loss/{k}": value for k, value in enumerate(per_scale.unbind())}
 
         return self._ranks.mean_over(self._validation, measure)
 
     def draw_samples(self, file: Path) -> None:
-        """Stored pictures, decoded, above pictures drawn from their captions; captions.txt names those."""
+        """Stored pictures, decoded, above pictures drawn from their captions; captions.txt names those.
+
+        There is a row of drawn ones for each number of bits, in ascending order.
+        """
         scales = self.store.schedule(self.store.ratio(self._shown[0]))
         captions = [self._captions[index][0] for index in self._shown]
         bits = [grid.to(self.device) for grid in self.store.bits(self._shown)]
@@ -183,10 +200,13 @@ class TransformerStage:
         text = self.module.features(ids) if self.text_is_trained else self.text_encoder.encode_ids(ids)
         steps = plan(self.config.sampling, len(scales))
         seeds = range(len(captions))
-        drawn, _ = generate(self.module.transformer, self.tokenizer, text, scales, steps, seeds)
+        drawn = [
+            generate(self.module.transformer, self.tokenizer, text, scales, steps, seeds, bits=bits)[0]
+            for bits in self.bit_counts
+        ]
         with atomic_path(file) as temporary:
-            both = to_uint8(torch.cat((stored.float(), drawn))).cpu()
-            grid(both, len(captions)).save(temporary, format="PNG")
+            all_rows = to_uint8(torch.cat((stored.float(), *drawn))).cpu()
+            grid(all_rows, len(captions)).save(temporary, format="PNG")
         write_text(file.with_name("captions.txt"), "\n".join(captions) + "\n")
 
     def export(self, run: RunFolder, *, best: bool) -> None:
@@ -213,30 +233,33 @@ class TransformerStage:
         self,
         indices: list[int],
         ids: list[list[int]],
+        bits: int,
         flips: ChangeBits | None = None,
         dropped: Tensor | None = None,
         kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, bit accuracy per scale and loss per scale, of pictures with the tokens of their captions."""
+        """Loss, bit accuracy per scale and loss per scale of the first `bits` bits, with the tokens of captions."""
         scales = self.store.schedule(self.store.ratio(indices[0]))
-        targets, inputs = self._teacher(indices, scales, flips)
+        targets, inputs = self._teacher(indices, scales, bits, flips)
         recomputed = self.training.checkpoint_activations
         with (
             autocast(self.device, self.training.precision),
             attention(self.device, self.training.precision, scales, recomputed=recomputed),
         ):
             logits = self._forward(inputs, self._text(ids), scales, dropped, kept)
-        return bit_loss(logits, targets, scales, self.training)
+        return bit_loss(logits_in_use(logits, targets.shape[-1]), targets, scales, self.training)
 
     def _teacher(
-        self, indices: list[int], scales: Schedule, flips: ChangeBits | None
+        self, indices: list[int], scales: Schedule, bits: int, flips: ChangeBits | None
     ) -> tuple[Tensor, Tensor]:
-        """Targets (B, L, K) bool and inputs (B, L - 1, K)."""
+        """Targets (B, L, d) bool, or 4d when patchified, and inputs (B, L - 1, K), of the first `bits` bits d."""
         latent = self._latents(indices)
-        if latent is not None:
-            return as_positions(*pyramid.teacher_inputs(latent, scales, flips), scales)
-        targets = [bits.to(self.device) for bits in self.store.bits(indices)]
-        return as_positions(targets, pyramid.inputs_from_bits(targets, scales), scales)
+        if latent is None:
+            grids = [grid.to(self.device) for grid in self.store.bits(indices)]
+            targets, inputs = as_positions(grids, pyramid.inputs_from_bits(grids, scales), scales)
+        else:
+            targets, inputs = as_positions(*pyramid.teacher_inputs(active(latent, bits), scales, flips), scales)
+        return targets, widened_positions(inputs, self.module.transformer.bits_per_position)
 
     def _text(self, ids: list[list[int]]) -> TextFeatures | list[list[int]]:
         """What `Trained.forward` takes: features of a fixed text encoder, or token ids."""
@@ -263,6 +286,17 @@ class TransformerStage:
             raise UsageError(
                 f"the token store {self.store.path} has no latents, which self-correction flips need",
                 "tokenize again with latents, or set training.transformer.flip_strength=0",
+            )
+        stored, most = self.store.manifest.bits, self.bit_counts[-1]
+        if stored < most:
+            raise UsageError(
+                f"the token store {self.store.path} holds {stored} bits a latent position, the model has {most}",
+                f"tokenize again with --bits {most}, or set model.tokenizer.active_bits",
+            )
+        if self.bit_counts != (stored,) and not self.store.manifest.latents:
+            raise UsageError(
+                f"the token store {self.store.path} has no latents, which other numbers of bits than its {stored} need",
+                "tokenize again with latents, or set model.tokenizer.active_bits",
             )
         budgets = [None] if model.scales.custom is not None else list(RESOLUTIONS)
         for ratio in self.store.ratios:

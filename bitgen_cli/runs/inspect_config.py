@@ -380,6 +380,7 @@ def _picture_facts(model: ModelConfig, scales: Schedule) -> dict[str, Any]:
         "bits_per_position": model.bits_per_position,
         "bits": bits,
         "bits_per_pixel": bits / (height * width),
+        "bits_with": {str(d): bits // model.tokenizer.most_bits * d for d in model.tokenizer.bit_counts},
         "store_bytes": {"bits": stored.bits, "latents": stored.latents},
     }
 
@@ -411,10 +412,12 @@ def _scale_table(scales: list[dict[str, int]], picture: Mapping[str, Any]) -> Ta
 
 def _picture_table(picture: Mapping[str, Any]) -> Table:
     stored = picture["store_bytes"]
+    fewer = {d: bits for d, bits in picture["bits_with"].items() if bits < picture["bits"]}
     rows = [
         ["Positions", f"{picture['positions']:,}"],
         ["Bits per position", str(picture["bits_per_position"])],
         ["Bits", f"{picture['bits']:,}"],
+        *([f"Bits with --bits {d}", f"{bits:,}"] for d, bits in fewer.items()),
         ["Bits per pixel", f"{picture['bits_per_pixel']:.3f}"],
         ["Token store: packed bits", _bytes(stored["bits"])],
         ["Token store: latents in bf16", _bytes(stored["latents"])],

@@ -18,6 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from bitgen_cli import __version__
 from bitgen_cli.config import SamplingConfig
+from bitgen_cli.engine.active_bits import bits_in_use
 from bitgen_cli.engine.data import grid, to_pil, to_tensor, to_uint8
 from bitgen_cli.engine.device import DTYPES, keep_freed_memory, pick_device, pick_dtype
 from bitgen_cli.engine.model_folder import Model, find_model, load_model, read_model_config
@@ -44,6 +45,7 @@ LINE_KEYS: dict[str, type | tuple[type, ...]] = {
     "num_images": int,
     "aspect": str,
     "resolution": str,
+    "bits": int,
     "output": str,
     "cfg": (int, float, list),
     "cfg_layer": (int, list),
@@ -71,6 +73,7 @@ class SampleOptions:
         negative_prompt: what guidance leads away from.
         aspect: W:H.
         resolution: pixel budget of a published schedule.
+        bits: per latent position, the first ones; None draws as many as the model was trained for.
         subjects: NAME or FILE, with :SCALE or without; those whose tokens stand in a prompt are found anyway.
         output: a file, a folder, or a template with {prompt}, {seed}, {index}, {model}.
         grid: also writes all pictures as one.
@@ -94,6 +97,7 @@ class SampleOptions:
     negative_prompt: str | None = None
     aspect: str | None = None
     resolution: str | None = None
+    bits: int | None = None
     subjects: tuple[str, ...] = ()
     output: str | None = None
     grid: bool = False
@@ -150,13 +154,14 @@ class _Job:
     sampling: SamplingConfig
     schedule: Schedule
     resolution: str | None
+    bits: int
     output: str | None
     subjects: tuple[Worn, ...]
 
     def together(self) -> tuple[object, ...]:
         """Pictures with the same value are drawn in one batch."""
         worn = tuple((worn.subject.file, worn.scale) for worn in self.subjects)
-        return self.sampling.model_dump_json(), self.schedule, self.negative is None, worn
+        return self.sampling.model_dump_json(), self.schedule, self.bits, self.negative is None, worn
 
 
 @dataclass
@@ -280,7 +285,10 @@ def _jobs(options: SampleOptions, parts: _Parts) -> list[_Job]:
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
     asked = [_worn(text) for text in options.subjects]
     subjects = choose_subjects(prompt, parts.model, parts.known, asked, options.negative_prompt)
-    job = _Job(prompt, options.negative_prompt, seed, sampling, scales, options.resolution, options.output, subjects)
+    bits = bits_in_use(parts.model.config.tokenizer, options.bits)
+    job = _Job(
+        prompt, options.negative_prompt, seed, sampling, scales, options.resolution, bits, options.output, subjects
+    )
     return [replace(job, seed=seed + k) for k in range(options.num_images)]
 
 
@@ -397,6 +405,7 @@ def _draw(jobs: Sequence[_Job], parts: _Parts, task: Task) -> list[Image.Image]:
             first.schedule,
             plan(first.sampling, len(first.schedule)),
             [job.seed for job in jobs],
+            bits=first.bits,
             negative=parts.text_encoder.encode(negatives) if negatives else None,
             on_scale=lambda scale: task.status(f"scale {scale + 1} of {len(first.schedule)}"),
         )
@@ -419,6 +428,7 @@ def _recipe(job: _Job, image: Image.Image, parts: _Parts) -> dict[str, Any]:
         "height": image.height,
         "ratio": job.schedule.ratio,
         "resolution": job.resolution,
+        "bits": job.bits,
     }
 
 

@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from bitgen_cli.config import ModelConfig
 from bitgen_cli.engine import pyramid
+from bitgen_cli.engine.active_bits import bits_in_use
 from bitgen_cli.engine.data import to_float, to_pil, to_tensor, to_uint8
 from bitgen_cli.engine.data_report import FILE, BadPicture, DataReport, announce, count_captions, data_report
 from bitgen_cli.engine.device import pick_device, pick_dtype
 from bitgen_cli.engine.losses import psnr, ssim
-from bitgen_cli.engine.model_folder import TEXT_FOLDER, Model, find_model, load_model
+from bitgen_cli.engine.model_folder import TEXT_FOLDER, Model, find_model, load_model, read_model_config
 from bitgen_cli.engine.scales import Schedule, buckets, nearest, schedule
 from bitgen_cli.engine.sources import PictureSource, open_source
 from bitgen_cli.engine.store import StoreWriter, TokenStore
@@ -56,6 +57,7 @@ class TokenizeOptions:
         latents: also keep the latents, which exact self-correction training needs.
         reconstruct: pictures, evenly spaced, that are decoded again and compared; 0 is none.
         resolution: pixel budget of a published schedule; None takes the model's.
+        bits: bits per latent position; None takes the most that the model is used with.
         device, dtype: where and in which number type to encode; `auto` chooses.
         workers: processes that read pictures ahead; 0 reads in this one.
         aspects: shapes W:H that pictures are cropped to, the nearest one each; empty is all of the model's.
@@ -70,6 +72,7 @@ class TokenizeOptions:
     latents: bool = True
     reconstruct: int = 0
     resolution: str | None = None
+    bits: int | None = None
     device: str = "auto"
     dtype: str = "auto"
     workers: int = 0
@@ -140,14 +143,16 @@ def tokenize(options: TokenizeOptions, report: Report) -> TokenizeResult:
     Raises:
         InputError: the data, the model or the store cannot be used, or more than 1 % of the pictures are
             unreadable.
-        UsageError: the resolution is not one of the model's.
+        UsageError: the resolution or the number of bits is not one of the model's.
         ResourceError: no such device, or no space left; whole shards are safe.
         Interrupted: stopped by the user; whole shards are safe.
     """
     device = pick_device(options.device)
-    model = load_model(find_model(options.model), device=device, parts=("tokenizer",))
+    folder = find_model(options.model)
+    bits = bits_in_use(read_model_config(folder)[0].tokenizer, options.bits)
+    model = load_model(folder, device=device, parts=("tokenizer",))
     assert model.tokenizer is not None
-    codec = _Codec(model.tokenizer, device, pick_dtype(options.dtype, device))
+    codec = _Codec(model.tokenizer, bits, device, pick_dtype(options.dtype, device))
     schedules = _schedules(model.config, options.resolution, options.aspects)
     pixels = {ratio: entry.pixels(model.config.tokenizer.patch_size) for ratio, entry in schedules.items()}
     square = pixels[nearest(1.0, tuple(pixels))]
@@ -159,7 +164,7 @@ def tokenize(options: TokenizeOptions, report: Report) -> TokenizeResult:
         options.out,
         tokenizer=model.fingerprints["tokenizer"],
         source=source.name,
-        bits=model.config.tokenizer.bits,
+        bits=bits,
         patch_size=model.config.tokenizer.patch_size,
         schedules=schedules,
         latents=options.latents,
@@ -227,9 +232,10 @@ def _report(
 
 @dataclass(frozen=True)
 class _Codec:
-    """A tokenizer with the place and the number type it computes in."""
+    """A tokenizer with the bits per latent position, the place and the number type it computes in."""
 
     tokenizer: Tokenizer
+    bits: int
     device: torch.device
     dtype: torch.dtype
 
@@ -238,9 +244,9 @@ class _Codec:
 
     @torch.inference_mode()
     def latent(self, pixels: Tensor) -> Tensor:
-        """Latents (B, C, H, W) float32 of pictures (B, 3, h, w) uint8."""
+        """Latents (B, bits, H, W) float32 of pictures (B, 3, h, w) uint8."""
         with self._autocast():
-            return self.tokenizer.latent(to_float(pixels.to(self.device))).float()
+            return self.tokenizer.latent(to_float(pixels.to(self.device)), self.bits).float()
 
     @torch.inference_mode()
     def decode(self, bits: list[Tensor], entry: Schedule) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitgen_cli.config import Config, LoopConfig, ModelConfig
+from bitgen_cli.engine.active_bits import bits_in_use
 from bitgen_cli.engine.captions import NO_CAPTIONS
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data_report import FILE, announce, data_report, measure
@@ -30,7 +31,7 @@ from bitgen_cli.engine.model_folder import (
     save_model,
 )
 from bitgen_cli.engine.parallel import Ranks, joined
-from bitgen_cli.engine.scales import buckets, nearest_ratio, schedule
+from bitgen_cli.engine.scales import buckets, budgeted, largest, nearest_ratio, schedule
 from bitgen_cli.engine.sources import WORLD, PictureSource, open_source
 from bitgen_cli.engine.store import MANIFEST, TokenStore
 from bitgen_cli.engine.text import TextEncoder, load_text_encoder, new_text_encoder
@@ -239,8 +240,14 @@ def require_alone() -> None:
 
 def picture_source(config: Config, data: str, image_root: Path | None) -> PictureSource:
     """The pictures a tokenizer learns from; captions play no part."""
-    scales = config.model.scales
-    square = schedule(scales, patchify=config.model.transformer.patchify, ratio=nearest_ratio(1.0, scales))
+    scales, training = config.model.scales, config.training.tokenizer
+    assert training is not None
+    square = budgeted(
+        scales,
+        patchify=config.model.transformer.patchify,
+        ratio=nearest_ratio(1.0, scales),
+        budget=largest(training.resolutions),
+    )
     size = max(square.pixels(config.model.tokenizer.patch_size))
     return open_source(data, size, caption_key=NO_CAPTIONS, image_root=image_root)
 
@@ -314,7 +321,7 @@ def _first_tokenizer(config: Config, init: str | None) -> Tokenizer:
     tokenizer.autoencoder.initialise(torch.Generator().manual_seed(recipe(config, TOKENIZER).seed))
     if init is not None:
         folder = find_model(init)
-        _require_tokenizer(config, folder)
+        _require_geometry(config, folder)
         load_weights(tokenizer, folder / TOKENIZER_FILE)
     return tokenizer
 
@@ -324,8 +331,9 @@ def _first_parts(config: Config, data: str, init: str | None, report: Report) ->
     if init is None:
         raise UsageError("stage transformer needs --init", "the model or run whose tokenizer made the store")
     folder = find_model(init)
-    _require_tokenizer(config, folder)
+    _require_geometry(config, folder)
     model = load_model(folder, parts=("tokenizer",))
+    _require_bits(config, model)
     store = open_store(data, model)
     seed = recipe(config, TRANSFORMER).seed
     transformer = Transformer(config.model)
@@ -343,7 +351,8 @@ def _same_but_scales(found: ModelConfig, wanted: ModelConfig) -> bool:
     """Whether two models differ in nothing that a transformer's weights depend on but the rows of their scales."""
     rows = {"scale_embeddings": wanted.transformer.scale_embeddings}
     transformer = found.transformer.model_copy(update=rows)
-    return (transformer, found.text_encoder) == (wanted.transformer, wanted.text_encoder)
+    own = (wanted.transformer, wanted.text_encoder, wanted.bits_per_position)
+    return (transformer, found.text_encoder, found.bits_per_position) == own
 
 
 def _load_transformer(transformer: Transformer, file: Path, found: ModelConfig, wanted: ModelConfig) -> None:
@@ -374,13 +383,20 @@ def _save_start(run: RunFolder, config: Config, parts: Parts) -> None:
     )
 
 
-def _require_tokenizer(config: Config, folder: Path) -> None:
-    found, _, _ = read_model_config(folder)
-    if found.tokenizer != config.model.tokenizer:
+def _require_geometry(config: Config, folder: Path) -> None:
+    """Raises UsageError when the tokenizer of a model folder has other weights than the configured one."""
+    found, wanted = read_model_config(folder)[0].tokenizer, config.model.tokenizer
+    if found.model_copy(update={"active_bits": wanted.active_bits}) != wanted:
         raise UsageError(
             f"the tokenizer of {folder} has another geometry than {config.name}",
             "use the configuration it was made with",
         )
+
+
+def _require_bits(config: Config, model: Model) -> None:
+    """Raises UsageError when the configured transformer is for numbers of bits that the tokenizer was not made for."""
+    for bits in config.model.tokenizer.bit_counts:
+        bits_in_use(model.config.tokenizer, bits)
 
 
 def stage_for(data: str) -> str:

@@ -85,3 +85,20 @@ def test_bit_entropy_tells_sure_and_varied_bits() -> None:
     # a pattern that is the same in every picture uses no bits, however it varies over the picture
     _, usage = bit_entropy(signs[:1].expand(64, -1, -1, -1) * 10)
     assert usage < 0.01
+
+
+def test_usage_is_that_of_the_batch_that_several_ranks_share() -> None:
+    """Values and gradients of two halves, averaged, are those of the whole."""
+    whole = torch.randn(4, 8, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    halves = [part.detach().requires_grad_() for part in whole.chunk(2)]
+    _, usage = bit_entropy(whole)
+    usage.backward()
+    means = []
+    for half in halves:
+        bit_entropy(half, lambda mean: means.append(mean) or mean)
+    shared = (means[0] + means[1]) / 2
+    for half, expected in zip(halves, whole.grad.chunk(2), strict=True):
+        _, own = bit_entropy(half, lambda mean: shared)
+        torch.testing.assert_close(own, usage)
+        own.backward()
+        torch.testing.assert_close(half.grad / 2, expected)
