@@ -52,12 +52,24 @@ def require_same(found: list[dict[str, float]], expected: list[dict[str, float]]
         assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=TOLERANCE), f"step {theirs['step']}"
 
 
-@pytest.mark.parametrize("stage", ["transformer", "tokenizer"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_have_the_curve_of_one(world: World, tmp_path: Path, strategy: str, stage: str) -> None:
+ADVERSARY = {"adversarial_weight": 0.1, "adversarial_start": 2, "scale_dropout": 0.5, "discriminator_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("stage", "strategy", "changes"),
+    [
+        ("transformer", "ddp", {}),
+        ("transformer", "fsdp", {"checkpoint_activations": True}),
+        ("tokenizer", "ddp", ADVERSARY),
+        ("tokenizer", "fsdp", {}),
+    ],
+)
+def test_two_ranks_have_the_curve_of_one(
+    world: World, tmp_path: Path, strategy: str, stage: str, changes: dict[str, Any]
+) -> None:
     """With accumulation, averages, flips, caption dropout and drop path; samples and model come from the first rank."""
-    train_as("ddp", stage, world, tmp_path / "alone", {})
-    processes.finish(processes.start_ranks(2, train_as, strategy, stage, world, tmp_path / "both", {}))
+    train_as("ddp", stage, world, tmp_path / "alone", changes)
+    processes.finish(processes.start_ranks(2, train_as, strategy, stage, world, tmp_path / "both", changes))
     require_same(curve(tmp_path / "both"), curve(tmp_path / "alone"))
     pictures = [sorted(file.name for file in (tmp_path / run / "samples").iterdir()) for run in ("alone", "both")]
     assert pictures[0] == pictures[1]
