@@ -320,8 +320,16 @@ def train(
         _option("STAGE", "tokenizer or transformer; without it, what DATA is for."),
     ] = None,
     init: Annotated[
-        str | None,
-        _option("MODEL", "Start from this model; a transformer needs the one its store was made with."),
+        list[str] | None,
+        _option(
+            "MODEL",
+            "Start from this model or weight file, of Infinity too; may be repeated. A transformer needs the tokenizer "
+            "its store was made with.",
+        ),
+    ] = None,
+    allow_init_mismatch: Annotated[
+        list[str] | None,
+        _option("NAME", "Weights of --init that may be missing, left over or misshapen. May be repeated."),
     ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -356,10 +364,12 @@ def train(
         flags = {f"training.{section}.{name}": value for name, value in given.items() if value is not None}
     resolved = resolve(preset, config_file=config, overrides=tuple(overrides or ()), flags=flags)
 
+    from bitgen_cli.runs.start import Init
     from bitgen_cli.runs.train import TrainOptions
     from bitgen_cli.runs.train import train as start
 
-    options = TrainOptions(resolved=resolved, stage=stage, data=data, out=out, init=init, device=device)
+    begin = Init(tuple(init or ()), tuple(allow_init_mismatch or ()))
+    options = TrainOptions(resolved=resolved, stage=stage, data=data, out=out, init=begin, device=device)
     with console.ConsoleReport() as report:
         result = start(options, report)
     if as_json:

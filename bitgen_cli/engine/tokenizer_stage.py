@@ -104,22 +104,26 @@ class TokenizerStage:
         self._pictures.close()
 
     def _reconstruct(self, image: Tensor, scales: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction and latent of an image, and the quantised sum.
-
-        The decoder sees the sum; its gradient goes straight to the latent, past all scales at once.
-        """
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.precision == "bf16")
-        with autocast:
-            latent = self.module.latent(image)
-        latent = latent.float()
-        with torch.no_grad():
-            _, total = pyramid.encode(latent, scales)
-        with autocast:
-            reconstruction = self.module.autoencoder.decoder(latent + (total - latent).detach())
-        return reconstruction.float(), latent, total
+        return reconstruct(self.module, image, scales, self.training.precision)
 
     def _images(self, indices: list[int]) -> tuple[Tensor, Schedule]:
         """Pictures of one aspect ratio, (B, 3, height, width) in [-1, 1], and their schedule."""
         scales = self._pictures.schedule(indices[0])
         pixels = torch.stack([self._pictures[index] for index in indices])
         return to_float(pixels.to(self.device)), scales
+
+
+def reconstruct(tokenizer: Tokenizer, image: Tensor, scales: Schedule, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Reconstruction and latent of an image, and the quantised sum.
+
+    The decoder sees the sum; its gradient goes straight to the latent, past all scales at once.
+    """
+    autocast = torch.autocast(image.device.type, torch.bfloat16, enabled=precision == "bf16")
+    with autocast:
+        latent = tokenizer.latent(image)
+    latent = latent.float()
+    with torch.no_grad():
+        _, total = pyramid.encode(latent, scales)
+    with autocast:
+        reconstruction = tokenizer.autoencoder.decoder(latent + (total - latent).detach())
+    return reconstruction.float(), latent, total

@@ -165,7 +165,8 @@ class Transformer(nn.Module):
         """
         condition = self.condition(text)
         counts = torch.tensor(schedule.counts, device=inputs.device)
-        scales = self.scale_embedding.weight[: len(schedule)].repeat_interleave(counts, dim=0)
+        rows = self.scale_embedding.weight[: len(schedule)]
+        scales = rows.repeat_interleave(counts, dim=0, output_size=schedule.positions)
         x = torch.cat((self._start(condition), self.bit_embedding(inputs.to(self.dtype)).float()), dim=1) + scales
         rope = self._rope(schedule)
         for block, text_kv in zip(self.blocks, condition.text, strict=True):

@@ -15,7 +15,7 @@ from bitgen_cli.config import Config, SubjectTraining
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import load_picture
 from bitgen_cli.engine.device import DTYPES, bf16_is_fast, free_memory
-from bitgen_cli.engine.memory import BYTES, TrainingMemory, parameters, sampling_memory, subject_training_memory
+from bitgen_cli.engine.memory import BYTES, parameters, sampling_memory
 from bitgen_cli.engine.model_folder import (
     TOKENIZER_FILE,
     TRANSFORMER_FILE,
@@ -48,6 +48,7 @@ from bitgen_cli.engine.subject_stage import (
     SubjectStage,
 )
 from bitgen_cli.engine.tensors import stored_dtype
+from bitgen_cli.engine.training_memory import Place, TrainingMemory, subject_training_memory
 from bitgen_cli.errors import InputError, ResourceError, UsageError
 from bitgen_cli.files import atomic_path
 from bitgen_cli.presets import DEFAULT, Resolved
@@ -317,7 +318,7 @@ def _check_memory(
     def needed(train: Sequence[str]) -> TrainingMemory:
         chosen = training.model_copy(update={"train": list(train)})
         other = config.model_copy(update={"training": config.training.model_copy(update={SUBJECT: chosen})})
-        return subject_training_memory(other, counts, largest, tokens, autoencoder=device.type == "cpu")
+        return subject_training_memory(other, counts, largest, tokens, Place(device))
 
     memory, name = needed(training.train), ",".join(training.train)
     own = memory.total

@@ -15,18 +15,14 @@ from typing import Any
 
 from bitgen_cli.config import Config, ModelConfig
 from bitgen_cli.config_keys import flatten
-from bitgen_cli.engine.memory import (
-    BYTES,
-    Parameters,
-    parameters,
-    sampling_memory,
-    store_bytes,
+from bitgen_cli.engine.memory import BYTES, Parameters, parameters, sampling_memory, store_bytes
+from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
+from bitgen_cli.engine.subject import SUFFIX, Subject, find_subject, known_subjects, read_subject, unreadable_subjects
+from bitgen_cli.engine.training_memory import (
     subject_training_memory,
     tokenizer_training_memory,
     transformer_training_memory,
 )
-from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
-from bitgen_cli.engine.subject import SUFFIX, Subject, find_subject, known_subjects, read_subject, unreadable_subjects
 from bitgen_cli.errors import ConfigError, InputError, UsageError
 from bitgen_cli.files import explain, read_json
 from bitgen_cli.presets import EXTENDS, Resolved, preset_names, preset_path, resolve, resolve_stored
@@ -320,7 +316,7 @@ def _result(
     }
     if config.training.subject is not None:
         tokens = min(CAPTION_TOKENS, model.transformer.text_length)
-        stages["subject"] = subject_training_memory(config, counts, scales, tokens, autoencoder=True)
+        stages["subject"] = subject_training_memory(config, counts, scales, tokens)
     training = {name: None if memory is None else memory.to_json() for name, memory in stages.items()}
     facts: dict[str, Any] = {
         "kind": kind,

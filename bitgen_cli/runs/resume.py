@@ -16,15 +16,13 @@ from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Report
 from bitgen_cli.runs.finetune_subject import VERB, SubjectResult, resume_subject
+from bitgen_cli.runs.start import Parts, open_store, text_encoder_for
 from bitgen_cli.runs.train import (
     TOKENIZER,
-    Parts,
     TrainResult,
     fit,
-    open_store,
     prepare_device,
     recipe,
-    text_encoder_for,
     tokenizer_stage,
     transformer_stage,
 )
