@@ -163,7 +163,8 @@ def _read(file: Path) -> dict[str, Any]:
             f"{file} holds other things than tensors, or is damaged; they are not opened", "save the state dict alone"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is not a readable file of weights: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or ["it ends too early"])[0]
+        raise InputError(f"{file} is not a readable file of weights: {reason}") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{file} holds no named tensors")
     return dict(content)
