@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bitgen_cli import __version__
 from bitgen_cli.errors import BitgenError, ExitCode, Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from bitgen_cli.runs.fitting import Fit
 
 TRACEBACK = "BITGEN_TRACEBACK"
 """Environment variable: set to 1, errors come with the place in the program they come from."""
@@ -73,6 +76,10 @@ def _flag(names: str, help: str, panel: str | None = None) -> Any:
 
 Json = Annotated[bool, _flag("--json", "Print one JSON object.", _OUTPUT)]
 Device = Annotated[str, _option("DEVICE", "auto, cpu, cuda, cuda:N or mps.", _COMPUTING)]
+DryRun = Annotated[
+    bool,
+    _flag("--dry-run", "Do everything up to the first step, show the memory and disk needed, leave nothing behind."),
+]
 Dtype = Annotated[str, _option("DTYPE", "auto, fp32, bf16 or fp16.", _COMPUTING)]
 Model = Annotated[str, _option("MODEL", "A model folder, a run folder, or demo, the built-in model.")]
 Resolution = Annotated[str | None, _option("RESOLUTION", "Pixel budget: 0.06M, 0.25M, 0.60M or 1M.")]
@@ -345,6 +352,7 @@ def train(
         int | None,
         _option("SEED", "Of everything random.", _CONFIGURING),
     ] = None,
+    dry_run: DryRun = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -365,17 +373,33 @@ def train(
     resolved = resolve(preset, config_file=config, overrides=tuple(overrides or ()), flags=flags)
 
     from bitgen_cli.runs.start import Init
-    from bitgen_cli.runs.train import TrainOptions
+    from bitgen_cli.runs.train import TrainOptions, try_out
     from bitgen_cli.runs.train import train as start
 
     begin = Init(tuple(init or ()), tuple(allow_init_mismatch or ()))
     options = TrainOptions(resolved=resolved, stage=stage, data=data, out=out, init=begin, device=device)
+    if dry_run:
+        with console.ConsoleReport() as report:
+            found = try_out(options, report)
+        _show_fit(found, as_json=as_json)
+        return
     with console.ConsoleReport() as report:
         result = start(options, report)
     if as_json:
         console.show_json(result.to_json())
     else:
         console.show_training(result)
+
+
+def _show_fit(found: Fit, *, as_json: bool) -> None:
+    """Shows what a training needs; refuses one that does not fit."""
+    from bitgen_cli import console
+
+    if as_json:
+        console.show_json(found.to_json())
+    else:
+        console.show_tables(found.tables())
+    found.require()
 
 
 @app.command("finetune-subject", cls=_Command)
@@ -426,6 +450,7 @@ def finetune_subject(
     overrides: Overrides = None,
     steps: Annotated[int | None, _option("N", "Optimizer steps.", _CONFIGURING, least=1)] = None,
     seed: Annotated[int | None, _option("SEED", "Of everything random.", _CONFIGURING)] = None,
+    dry_run: DryRun = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -448,7 +473,7 @@ def finetune_subject(
         missing = "no photos" if photos is None else "no --class"
         raise UsageError(missing, "for example: bitgen finetune-subject ./photos --class dog")
 
-    from bitgen_cli.runs.finetune_subject import SubjectOptions
+    from bitgen_cli.runs.finetune_subject import SubjectOptions, try_out_subject
     from bitgen_cli.runs.finetune_subject import finetune_subject as learn
 
     parts = None if train is None else [part.strip() for some in train for part in some.split(",")]
@@ -477,6 +502,11 @@ def finetune_subject(
         overwrite=overwrite,
         device=device,
     )
+    if dry_run:
+        with console.ConsoleReport() as report:
+            found = try_out_subject(options, report)
+        _show_fit(found, as_json=as_json)
+        return
     with console.ConsoleReport() as report:
         result = learn(options, report)
     if as_json:

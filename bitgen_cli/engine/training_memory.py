@@ -12,7 +12,7 @@ Blocks are alike: a transformer is rehearsed with one and with two of them, whic
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,21 @@ class TrainingMemory:
     def to_json(self) -> dict[str, int]:
         """All parts and the total."""
         return {**asdict(self), "total": self.total}
+
+
+LABELS = {
+    "weights": "Trained weights",
+    "gradients": "Gradients",
+    "optimizer": "AdamW",
+    "average": "Averaged weights",
+    "frozen": "Weights only used",
+    "gathered": "One block of all ranks",
+    "activations": "Activations of a micro-batch",
+    "step": "Gradients and activations at once",
+    "validation": "While validating",
+    "drawing": "While drawing a picture grid",
+}
+"""Parts of TrainingMemory, for people."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +232,7 @@ def subject_training_memory(
         schedule: scales of the photos and class samples.
         text_tokens: of the longest caption.
         place: where it is computed.
-        at_once: pictures that are drawn, or looked at without gradients, together.
+        at_once: pictures that are drawn together.
     """
     training = config.training.subject
     assert training is not None
@@ -232,32 +247,44 @@ def subject_training_memory(
         with without_contents(place.device):
             transformer = _taught(_with_depth(config.model, depth), training)
 
-            def loss(pictures: int = rows) -> Tensor:
-                inputs, targets = _bits(pictures, scales, config.model)
-                prompts = _prompts(pictures, text_tokens, geometry.text_width, dtype, learn=to_text)
+            def loss() -> Tensor:
+                inputs, targets = _bits(rows, scales, config.model)
+                prompts = _prompts(rows, text_tokens, geometry.text_width, dtype, learn=to_text)
                 logits = _forward(transformer, inputs, prompts, scales, training)
                 return _subject_loss(logits, targets, scales, training)
 
-            step = _passes(transformer, loss, training, place, transformer.blocks).step
-            return _Passes(step, infer(transformer.eval(), lambda: loss(at_once)))
+            # looking at pictures without gradients holds less than drawing them
+            return _Passes(_step(transformer, loss, training, place, transformer.blocks), 0)
 
     passes = _deep(of, geometry.depth)
     if to_text and text is not None:
         passes = _with_text(passes, text, rows * _t5_kept(text, text_tokens, training.precision), training, place)
     trained = _subject_parameters(config.model, training, counts)
-    drawn = _drawing(config.model, counts, schedule, number, at_once)
     frozen = counts.transformer + known - (0 if training.train == ["token"] or parts <= {"lora", "token"} else trained)
     kept = max(0, frozen) * number
     if place.device.type == "cpu":
         kept += counts.tokenizer * number
         kept += derived_weights(config.model.tokenizer, schedule, number, encoder=True)
-    else:
-        drawn += counts.tokenizer * number
     memory = _memory(
-        training, place, trained=trained, block=_block_parameters(config.model), passes=passes, drawn=drawn, frozen=kept
+        training,
+        place,
+        trained=trained,
+        block=_block_parameters(config.model),
+        passes=passes,
+        drawn=subject_drawing(config, counts, schedule, place, at_once),
+        frozen=kept,
     )
     # the base model's values are kept beside the trained ones
-    return TrainingMemory(**{**asdict(memory), "weights": 2 * memory.weights})
+    return replace(memory, weights=2 * memory.weights)
+
+
+def subject_drawing(config: Config, counts: Parameters, schedule: Schedule, place: Place, at_once: int) -> int:
+    """Bytes that drawing so many pictures at once holds while a subject is learned, gradients and weights aside."""
+    training = config.training.subject
+    assert training is not None
+    number = BYTES[training.precision]
+    drawn = _drawing(config.model, counts, schedule, number, at_once)
+    return drawn + (0 if place.device.type == "cpu" else counts.tokenizer * number)
 
 
 def _memory(
@@ -307,10 +334,19 @@ def _passes(
     blocks: nn.ModuleList | None = None,
 ) -> _Passes:
     looked = infer(module.eval(), loss)
+    return _Passes(_step(module, loss, training, place, blocks), looked)
+
+
+def _step(
+    module: nn.Module,
+    loss: Callable[[], Tensor],
+    training: LoopConfig,
+    place: Place,
+    blocks: nn.ModuleList | None,
+) -> Rehearsed:
     share = 1 / place.ranks if place.sharded else 1.0
     kept = _keeps_gradients(training, place)
-    step = rehearse(module.train(), loss, blocks=blocks, gradients_kept=kept, gradient_share=share)
-    return _Passes(step, looked)
+    return rehearse(module.train(), loss, blocks=blocks, gradients_kept=kept, gradient_share=share)
 
 
 def _keeps_gradients(training: LoopConfig, place: Place) -> bool:

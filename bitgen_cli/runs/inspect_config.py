@@ -15,10 +15,13 @@ from typing import Any
 
 from bitgen_cli.config import Config, ModelConfig
 from bitgen_cli.config_keys import flatten
+from bitgen_cli.engine.device import pick_device
 from bitgen_cli.engine.memory import BYTES, Parameters, parameters, sampling_memory, store_bytes
 from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
 from bitgen_cli.engine.subject import SUFFIX, Subject, find_subject, known_subjects, read_subject, unreadable_subjects
 from bitgen_cli.engine.training_memory import (
+    LABELS,
+    Place,
     subject_training_memory,
     tokenizer_training_memory,
     transformer_training_memory,
@@ -309,14 +312,15 @@ def _result(
     sampling = {
         name: sampling_memory(model, counts, scales, number).to_json() for name, number in BYTES.items()
     }
+    place = Place(pick_device("auto"))
     stages = {
-        "tokenizer": tokenizer_training_memory(config, counts, scales),
-        "transformer": transformer_training_memory(config, counts, scales),
+        "tokenizer": tokenizer_training_memory(config, counts, scales, place),
+        "transformer": transformer_training_memory(config, counts, scales, place),
         "subject": None,
     }
     if config.training.subject is not None:
         tokens = min(CAPTION_TOKENS, model.transformer.text_length)
-        stages["subject"] = subject_training_memory(config, counts, scales, tokens)
+        stages["subject"] = subject_training_memory(config, counts, scales, tokens, place)
     training = {name: None if memory is None else memory.to_json() for name, memory in stages.items()}
     facts: dict[str, Any] = {
         "kind": kind,
@@ -447,15 +451,6 @@ _SAMPLING_ROWS = {
     "decoder_work": "Decoder, after the transformer",
     "total": "Peak",
 }
-_TRAINING_ROWS = {
-    "weights": "Trained weights",
-    "gradients": "Gradients",
-    "optimizer": "AdamW",
-    "average": "Averaged weights",
-    "frozen": "Weights only used",
-    "activations": "Activations of a micro-batch",
-    "total": "Peak",
-}
 
 
 def _sampling_table(sampling: Mapping[str, Mapping[str, int]], picture: Mapping[str, Any]) -> Table:
@@ -471,7 +466,8 @@ def _training_table(config: Config, training: Mapping[str, Mapping[str, int] | N
     stages = {name: memory for name, memory in training.items() if memory is not None}
     rows = [
         [label, *(_bytes(memory[name]) for memory in stages.values())]
-        for name, label in _TRAINING_ROWS.items()
+        for name, label in {**LABELS, "total": "Peak"}.items()
+        if any(memory[name] for memory in stages.values())
     ]
     heads = []
     for name in stages:

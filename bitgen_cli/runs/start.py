@@ -119,13 +119,12 @@ def first_parts(config: Config, data: str, init: Init, seed: int, report: Report
         UsageError: no tokenizer, another one than the store's, or weights that do not fit and are not allowed to.
         InputError: something cannot be read.
     """
-    if not init.models:
-        raise UsageError("stage transformer needs --init", "the model or run whose tokenizer made the store")
     sources = _sources(init.models)
     tokenizer = _last(sources, TOKENIZER)
     if tokenizer is None:
         raise UsageError(
-            f"{' and '.join(init.models)} holds no tokenizer", "add --init MODEL with the one that made the store"
+            f"{' and '.join(init.models) or 'nothing to begin with'}: no tokenizer",
+            "add --init MODEL with the one that made the store",
         )
     model = _tokenizer_of(config, tokenizer)
     store = open_store(data, model)

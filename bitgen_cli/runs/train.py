@@ -10,18 +10,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitgen_cli.config import Config, LoopConfig
+from bitgen_cli.engine.beginning import PartReport
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import WORLD, open_source
 from bitgen_cli.engine.device import keep_freed_memory, pick_device
+from bitgen_cli.engine.memory import parameters
 from bitgen_cli.engine.model_folder import TOKENIZER_FILE
-from bitgen_cli.engine.scales import nearest_ratio, schedule
-from bitgen_cli.engine.store import MANIFEST
+from bitgen_cli.engine.scales import nearest_ratio, ratios, schedule
+from bitgen_cli.engine.store import MANIFEST, TokenStore
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.tokenizer_stage import TokenizerStage
 from bitgen_cli.engine.trainer import Stage, Trainer
-from bitgen_cli.engine.transformer_stage import TransformerStage
+from bitgen_cli.engine.training_memory import (
+    Place,
+    TrainingMemory,
+    tokenizer_training_memory,
+    transformer_training_memory,
+)
+from bitgen_cli.engine.transformer_stage import TransformerStage, kept_latents
 from bitgen_cli.errors import UsageError
 from bitgen_cli.report import Report
+from bitgen_cli.runs.fitting import Fit, fit_of
 from bitgen_cli.runs.start import NOTHING, Init, Parts, first_parts, first_tokenizer, save_report, save_start, to_json
 
 if TYPE_CHECKING:
@@ -87,41 +96,123 @@ def train(options: TrainOptions, report: Report) -> TrainResult:
     Raises:
         UsageError: no recipe for the stage, parts that do not fit together, or OUT holds something.
         InputError: the data or the model to begin with cannot be read.
-        ResourceError: no such device, or no space left; the last checkpoint is good.
+        ResourceError: no such device, not enough memory or disk; when the disk is full later, the last checkpoint is
+            good.
         DivergedError: the loss is no longer a number; the last checkpoint is good.
         Interrupted: stopped by the user; the run is saved.
     """
     started = time.perf_counter()
+    stage_name, device, run, data = _checked(options)
     config = options.resolved.config
-    stage_name = options.stage or stage_for(options.data)
-    if stage_name == SUBJECT:
+    fit_for(config, stage_name, data, run, device).require()
+    begun = _begin(config, stage_name, data, options.init, run, device, report)
+    run.create(
+        {
+            "verb": "train",
+            "stage": stage_name,
+            "data": data,
+            "init": list(options.init.models),
+            "config": config.model_dump(mode="json"),
+            "origins": options.resolved.origins,
+        }
+    )
+    if begun.parts is not None:
+        save_start(run, config, begun.parts)
+    save_report(run, begun.reports)
+    result = fit(stage_name, begun.stage, config, run, report, device, started)
+    return replace(result, init=to_json(begun.reports))
+
+
+def try_out(options: TrainOptions, report: Report) -> Fit:
+    """Does everything up to the first step and leaves nothing behind: what the training needs, and whether it is there.
+
+    Where it is not there, nothing is built.
+
+    Raises: as `train`.
+    """
+    stage_name, device, run, data = _checked(options)
+    config = options.resolved.config
+    found = fit_for(config, stage_name, data, run, device)
+    if found.fits:
+        begun = _begin(config, stage_name, data, options.init, run, device, report)
+        try:
+            Trainer(begun.stage, recipe(config, stage_name), run, report, device)
+        finally:
+            begun.stage.close()
+        found = replace(found, init=tuple(to_json(begun.reports)))
+    return found
+
+
+def fit_for(config: Config, stage: str, data: str, run: RunFolder, device: torch.device) -> Fit:
+    """What a stage needs to be trained on those data."""
+    store = TokenStore.open(Path(data)) if stage == TRANSFORMER and (Path(data) / MANIFEST).is_file() else None
+
+    def needed(config: Config, place: Place) -> TrainingMemory:
+        model = config.model
+        known = list(ratios(model.scales)) if store is None else store.ratios
+        shapes = [schedule(model.scales, patchify=model.transformer.patchify, ratio=ratio) for ratio in known]
+        if store is not None:
+            shapes = [store.schedule(ratio) for ratio in known]
+        largest = max(shapes, key=lambda scales: scales.positions)
+        of = tokenizer_training_memory if stage == TOKENIZER else transformer_training_memory
+        memory = of(config, parameters(model), largest, place)
+        assert memory is not None
+        return memory
+
+    kept = kept_latents(store) if store is not None else 0
+    if stage == TOKENIZER and device.type == "cpu":
+        kept = _kept_pictures(config, data)
+    return fit_of(config, stage, Place(device), needed, run.path, data=kept)
+
+
+def _kept_pictures(config: Config, data: str) -> int:
+    """Bytes of the pictures that are kept when they have been read."""
+    training = config.training.tokenizer
+    assert training is not None
+    model = config.model
+    square = schedule(model.scales, patchify=model.transformer.patchify, ratio=nearest_ratio(1.0, model.scales))
+    height, width = square.pixels(model.tokenizer.patch_size)
+    return min(int(training.picture_cache * 2**30), 3 * height * width * len(open_source(data, picture_size=height)))
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A stage before its first step.
+
+    Attributes:
+        parts: of a transformer's training.
+        reports: what became of the weights it begins with.
+    """
+
+    stage: Stage
+    parts: Parts | None
+    reports: list[PartReport]
+
+
+def _checked(options: TrainOptions) -> tuple[str, torch.device, RunFolder, str]:
+    """Stage, device, the unused run folder, and the data by a name that does not hang on the current folder."""
+    stage = options.stage or stage_for(options.data)
+    if stage == SUBJECT:
         raise UsageError("`bitgen train` does not learn subjects", "bitgen finetune-subject does")
-    recipe(config, stage_name)
+    recipe(options.resolved.config, stage)
     device = prepare_device(options.device)
     run = RunFolder(options.out)
     run.refuse_used()
+    if stage == TRANSFORMER and not options.init.models:
+        raise UsageError("stage transformer needs --init", "the model or run whose tokenizer made the store")
     data = options.data if options.data.startswith(WORLD) else str(Path(options.data).expanduser().resolve())
-    description = {
-        "verb": "train",
-        "stage": stage_name,
-        "data": data,
-        "init": list(options.init.models),
-        "config": config.model_dump(mode="json"),
-        "origins": options.resolved.origins,
-    }
-    stage: Stage
-    seed = recipe(config, stage_name).seed
-    if stage_name == TOKENIZER:
-        tokenizer, begun = first_tokenizer(config, options.init, seed, report)
-        stage = tokenizer_stage(config, data, tokenizer, device, report)
-        run.create(description)
-    else:
-        parts, begun = first_parts(config, data, options.init, seed, report)
-        stage = transformer_stage(config, parts, run, device)
-        run.create(description)
-        save_start(run, config, parts)
-    save_report(run, begun)
-    return replace(fit(stage_name, stage, config, run, report, device, started), init=to_json(begun))
+    return stage, device, run, data
+
+
+def _begin(
+    config: Config, stage: str, data: str, init: Init, run: RunFolder, device: torch.device, report: Report
+) -> _Begun:
+    seed = recipe(config, stage).seed
+    if stage == TOKENIZER:
+        tokenizer, reports = first_tokenizer(config, init, seed, report)
+        return _Begun(tokenizer_stage(config, data, tokenizer, device, report), None, reports)
+    parts, reports = first_parts(config, data, init, seed, report)
+    return _Begun(transformer_stage(config, parts, run, device), parts, reports)
 
 
 def fit(
