@@ -10,13 +10,16 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bitgen_cli import __version__
 from bitgen_cli.errors import BitgenError, ExitCode, Interrupted, UsageError
 from bitgen_cli.place import place
+
+if TYPE_CHECKING:
+    from bitgen_cli.runs.fitting import Fit
 
 TRACEBACK = "BITGEN_TRACEBACK"
 """Environment variable: set to 1, errors come with the place in the program they come from."""
@@ -88,6 +91,10 @@ Strategy = Annotated[
         "What several processes share: ddp the pictures, fsdp also weights, gradients and optimizer state.",
         _COMPUTING,
     ),
+]
+DryRun = Annotated[
+    bool,
+    _flag("--dry-run", "Do everything up to the first step, show the memory and disk needed, leave nothing behind."),
 ]
 Dtype = Annotated[str, _option("DTYPE", "auto, fp32, bf16 or fp16.", _COMPUTING)]
 Model = Annotated[str, _option("MODEL", "A model folder, a run folder, or demo, the built-in model.")]
@@ -384,8 +391,16 @@ def train(
         _option("STAGE", "tokenizer or transformer; without it, what DATA is for."),
     ] = None,
     init: Annotated[
-        str | None,
-        _option("MODEL", "Start from this model; a transformer needs the one its store was made with."),
+        list[str] | None,
+        _option(
+            "MODEL",
+            "Start from this model or weight file, of Infinity too; may be repeated. A transformer needs the tokenizer "
+            "its store was made with.",
+        ),
+    ] = None,
+    allow_init_mismatch: Annotated[
+        list[str] | None,
+        _option("NAME", "Weights of --init that may be missing, left over or misshapen. May be repeated."),
     ] = None,
     aspect: Aspects = None,
     image_root: ImageRoot = None,
@@ -405,6 +420,7 @@ def train(
         _option("SEED", "Of everything random.", _CONFIGURING),
     ] = None,
     logs: Logs = None,
+    dry_run: DryRun = False,
     device: Device = "auto",
     devices: Devices = None,
     strategy: Strategy = "ddp",
@@ -414,7 +430,7 @@ def train(
 
     Ctrl-C finishes the step and saves; `bitgen resume` continues.
     """
-    if sweep is None:
+    if sweep is None and not dry_run:
         _start_several(context, devices)
 
     from bitgen_cli import console
@@ -444,7 +460,8 @@ def train(
         return
     resolved = resolve(preset, config_file=config, overrides=tuple(overrides or ()), flags=flags)
 
-    from bitgen_cli.runs.train import TrainOptions
+    from bitgen_cli.runs.start import Init
+    from bitgen_cli.runs.train import TrainOptions, try_out
     from bitgen_cli.runs.train import train as start
 
     options = TrainOptions(
@@ -452,12 +469,18 @@ def train(
         stage=stage,
         data=data,
         out=out,
-        init=init,
+        init=Init(tuple(init or ()), tuple(allow_init_mismatch or ())),
         device=device,
+        devices=devices or 1,
         strategy=strategy,
         image_root=image_root,
         logs=tuple(logs or ()),
     )
+    if dry_run:
+        with console.listening() as report:
+            found = try_out(options, report)
+        _show_fit(found, as_json=as_json)
+        return
     with console.listening() as report:
         result = start(options, report)
     if as_json:
@@ -469,6 +492,17 @@ def train(
 def _shapes(text: str | None) -> tuple[str, ...]:
     """Shapes W:H with commas between them."""
     return tuple(part.strip() for part in text.split(",")) if text else ()
+
+
+def _show_fit(found: Fit, *, as_json: bool) -> None:
+    """Shows what a training needs; refuses one that does not fit."""
+    from bitgen_cli import console
+
+    if as_json:
+        console.show_json(found.to_json())
+    else:
+        console.show_tables(found.tables())
+    found.require()
 
 
 @app.command("finetune-subject", cls=_Command)
@@ -522,6 +556,7 @@ def finetune_subject(
     steps: Annotated[int | None, _option("N", "Optimizer steps.", _CONFIGURING, least=1)] = None,
     seed: Annotated[int | None, _option("SEED", "Of everything random.", _CONFIGURING)] = None,
     logs: Logs = None,
+    dry_run: DryRun = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -554,7 +589,7 @@ def finetune_subject(
         _sweep(SweepOptions("finetune-subject", *words, tuple(overrides or ()), folder, config, base), sweep, as_json)
         return
 
-    from bitgen_cli.runs.finetune_subject import SubjectOptions
+    from bitgen_cli.runs.finetune_subject import SubjectOptions, try_out_subject
     from bitgen_cli.runs.finetune_subject import finetune_subject as learn
 
     parts = None if train is None else [part.strip() for some in train for part in some.split(",")]
@@ -584,6 +619,11 @@ def finetune_subject(
         device=device,
         logs=tuple(logs or ()),
     )
+    if dry_run:
+        with console.listening() as report:
+            found = try_out_subject(options, report)
+        _show_fit(found, as_json=as_json)
+        return
     with console.listening() as report:
         result = learn(options, report)
     if as_json:

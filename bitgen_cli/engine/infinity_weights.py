@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,7 @@ _CONVOLUTION = re.compile(
     r"(conv_in|conv_out|conv1|conv2|nin_shortcut|downsample\.conv|upsample\.conv)\.conv\.(weight|bias)$"
 )
 _NORM = re.compile(r"(norm1|norm2|norm_out)\.norm\.(weight|bias)$")
+_BUFFERS = ("quantizer.lfq.mask", "quantize.lfq.mask")
 _DROPPED = ("lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen")
 
 
@@ -85,55 +87,84 @@ def published_transformer_name(ours: str, config: ModelConfig) -> str:
     return {name: key for key, name in TRANSFORMER_NAMES.items()}[ours]
 
 
-def our_transformer_name(published: str, config: ModelConfig) -> str | None:
-    """Our name of a published transformer tensor; None when we have no such tensor."""
-    block = _BLOCK.match(published)
-    if block is None:
-        return TRANSFORMER_NAMES.get(published)
-    chunk, index, rest = block.groups()
-    per_chunk = config.transformer.depth // config.transformer.block_chunks
-    number = int(index) + (int(chunk) * per_chunk if chunk is not None else 0)
-    ours = BLOCK_NAMES.get(rest)
-    return None if ours is None or number >= config.transformer.depth else f"blocks.{number}.{ours}"
-
-
 def our_tokenizer_name(published: str) -> str:
     """Our name (plain LDM style) of a tokenizer tensor in nested published or in plain style."""
     plain = _CONVOLUTION.sub(r"\1.\2", published)
     return "autoencoder." + _NORM.sub(r"\1.\2", plain)
 
 
-def transformer_state(
-    published: Mapping[str, Tensor], config: ModelConfig, expected: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Renamed:
+    """A published state dict in our names.
+
+    Attributes:
+        tensors: by our names.
+        unknown: published names that we have none for.
+        unneeded: published names of what follows from other tensors or is computed.
+    """
+
+    tensors: dict[str, Tensor]
+    unknown: list[str]
+    unneeded: list[str]
+
+
+def renamed_transformer(published: Mapping[str, Tensor]) -> Renamed:
+    """A published transformer, `block_chunks.*` or `blocks.*` keys, in our names.
+
+    Raises:
+        InputError: non-zero key biases.
+    """
+    per_chunk = 1 + max((int(m[2]) for m in map(_BLOCK.match, published) if m and m[1] is not None), default=0)
+    found = Renamed({}, [], [])
+    for key, tensor in published.items():
+        ours = _our_transformer_name(key, per_chunk)
+        if key in _DROPPED:
+            found.unneeded.append(key)
+        elif key.endswith(".zero_k_bias"):
+            if torch.any(tensor != 0):
+                raise InputError(f"{key} is not zero", "this is not a published Infinity transformer")
+            found.unneeded.append(key)
+        elif ours is None:
+            found.unknown.append(key)
+        else:
+            found.tensors[ours] = tensor
+    return found
+
+
+def _our_transformer_name(published: str, per_chunk: int) -> str | None:
+    """Our name of a published transformer tensor; None when we have no such tensor."""
+    block = _BLOCK.match(published)
+    if block is None:
+        return TRANSFORMER_NAMES.get(published)
+    chunk, index, rest = block.groups()
+    number = int(index) + (int(chunk) * per_chunk if chunk is not None else 0)
+    ours = BLOCK_NAMES.get(rest)
+    return None if ours is None else f"blocks.{number}.{ours}"
+
+
+def renamed_tokenizer(published: Mapping[str, Tensor]) -> Renamed:
+    """A published tokenizer, nested or plain names, in our names."""
+    unneeded = [key for key in published if key in _BUFFERS]
+    tensors = {our_tokenizer_name(key): tensor for key, tensor in published.items() if key not in _BUFFERS}
+    return Renamed(tensors, [], unneeded)
+
+
+def transformer_state(published: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict of a published transformer state dict.
 
     Args:
         published: flat dict of tensors, block_chunks.* or blocks.* keys.
-        config: the geometry it must have.
         expected: our state dict (meta tensors will do): names and shapes to meet. The unconditional prompt may be of
-            another length: it is cut, or its missing rows are taken from `expected` unless that is on the meta device.
+            another length, see `fit_rows`.
 
     Raises:
         InputError: unknown, missing or misshapen tensors, all of them named; non-zero key biases.
     """
-    renamed: dict[str, Tensor] = {}
-    unknown: list[str] = []
-    for key, tensor in published.items():
-        ours = our_transformer_name(key, config)
-        if key in _DROPPED:
-            continue
-        if key.endswith(".zero_k_bias"):
-            if torch.any(tensor != 0):
-                raise InputError(f"{key} is not zero", "this is not a published Infinity transformer")
-        elif ours is None:
-            unknown.append(key)
-        else:
-            renamed[ours] = tensor
-    if "null_text" in renamed and "null_text" in expected:
-        renamed["null_text"] = _fit_rows(renamed["null_text"], expected["null_text"])
-    require_match(renamed, expected, unknown, "transformer")
-    return renamed
+    found = renamed_transformer(published)
+    if "null_text" in found.tensors and "null_text" in expected:
+        found.tensors["null_text"] = fit_rows(found.tensors["null_text"], expected["null_text"])
+    require_match(found.tensors, expected, found.unknown, "transformer")
+    return found.tensors
 
 
 def tokenizer_state(published: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -142,10 +173,9 @@ def tokenizer_state(published: Mapping[str, Tensor], expected: Mapping[str, Tens
     Raises:
         InputError: unknown, missing or misshapen tensors, all of them named.
     """
-    buffers = ("quantizer.lfq.mask", "quantize.lfq.mask")
-    renamed = {our_tokenizer_name(key): tensor for key, tensor in published.items() if key not in buffers}
-    require_match(renamed, expected, [], "tokenizer")
-    return renamed
+    found = renamed_tokenizer(published)
+    require_match(found.tensors, expected, found.unknown, "tokenizer")
+    return found.tensors
 
 
 def require_match(
@@ -165,7 +195,11 @@ def require_match(
         raise InputError(f"these weights are not of this {what}: {shown}", "is it the right file and preset?")
 
 
-def _fit_rows(table: Tensor, expected: Tensor) -> Tensor:
+def fit_rows(table: Tensor, expected: Tensor) -> Tensor:
+    """A table (rows, channels) with as many rows as another one: cut, or the missing ones taken from there.
+
+    On the meta device there is nothing to take: they are zero.
+    """
     rows = expected.shape[0]
     if table.shape[0] >= rows:
         return table[:rows]

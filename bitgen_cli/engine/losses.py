@@ -31,7 +31,7 @@ def position_weights(schedule: Schedule, weighting: str) -> Tensor:
     """
     counts = torch.tensor(schedule.counts).float()
     per_scale = counts ** {"positions": 0.0, "published": -0.5, "scales": -1.0}[weighting]
-    weights = per_scale.repeat_interleave(torch.tensor(schedule.counts))
+    weights = per_scale.repeat_interleave(torch.tensor(schedule.counts), output_size=schedule.positions)
     return weights / weights.sum()
 
 

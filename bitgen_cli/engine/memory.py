@@ -1,39 +1,22 @@
-"""How large a model is and how much memory it needs: arithmetic on a configuration, nothing is computed.
+"""How large a model is and how much memory sampling needs: arithmetic on a configuration, nothing is computed.
 
-Parameters are counted on the meta device and exact. Memory is an estimate of what tensors hold, without the
-program, its libraries, the work space of kernels and what the allocator wastes: allow 0.5 to 1 GB for those.
-
-Activations are counted operation by operation, as autograd keeps them. Checked on a CPU against the tensors
-really kept and the allocator's peak, for small models in float32 and bfloat16: training within 5 %, working
-memory of sampling within 15 %. In bfloat16 the estimate follows CUDA's rules, where autocast computes norms
-in float32; on a CPU the transformer's activations are about 10 % smaller, the tokenizer's about 35 %. Nothing
-was measured on a GPU. Prompts are taken to be as long as the model allows.
+Parameters are counted on the meta device and exact. Memory is an estimate of what tensors hold, within 15 % of what
+was measured on a CPU, without the program, its libraries, the work space of kernels and what the allocator wastes:
+allow 0.5 to 1 GB for those. Prompts are taken to be as long as the model allows. Training: training_memory.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from bitgen_cli.config import (
-    Config,
-    ModelConfig,
-    SubjectTraining,
-    TextEncoderConfig,
-    TokenizerConfig,
-    TransformerTraining,
-)
-from bitgen_cli.engine import lora
+from bitgen_cli.config import ModelConfig, TextEncoderConfig, TokenizerConfig
 from bitgen_cli.engine.autoencoder import Decoder, Encoder
 from bitgen_cli.engine.convolution import LEAST_CHANNELS, LEAST_POSITIONS
-from bitgen_cli.engine.lora import LAYERS
-from bitgen_cli.engine.parts import is_trained
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import InputError
@@ -42,15 +25,6 @@ from bitgen_cli.files import read_json
 FP32, BF16 = 4, 2
 """Bytes per number."""
 BYTES = {"fp32": FP32, "bf16": BF16, "fp16": BF16}
-
-_ADAM = 8
-"""Bytes AdamW keeps per trained parameter: two float32 averages."""
-_BLOCK_BYTES = {FP32: (81, 8), BF16: (65, 4)}
-"""Bytes kept per position and block: for each channel of the width, and of the feed-forward width."""
-_T5_BYTES = {FP32: (40, 28), BF16: (40, 14)}
-"""Bytes kept per text token and T5 layer: for each channel of the width, and of the feed-forward width."""
-_LOSS_IMAGES = 16
-"""Float32 images kept by the loss of the tokenizer, most of them by SSIM."""
 
 
 @dataclass(frozen=True)
@@ -216,216 +190,9 @@ def sampling_memory(
         kv_cache=per_position * schedule.positions,
         text_cache=per_position * geometry.text_length,
         transformer_work=last * (geometry.width * per_channel + 2 * geometry.ffn_width * number),
-        derived=_derived(_decoder_convs(model.tokenizer, schedule), number) * number,
-        decoder_work=_decoder_peak(model.tokenizer, schedule) * number,  # pictures are decoded one at a time
+        derived=derived_weights(model.tokenizer, schedule, number, encoder=False),
+        decoder_work=decoder_peak(model.tokenizer, schedule) * number,  # pictures are decoded one at a time
     )
-
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes a training stage needs.
-
-    Attributes:
-        weights: of what is trained, float32.
-        gradients: float32.
-        optimizer: AdamW's two averages.
-        average: averaged weights; 0 without.
-        frozen: weights of the parts that are only used.
-        activations: what a micro-batch keeps for its backward pass, bfloat16 copies of weights included.
-        together: whether gradients and activations are there at once: with several micro-batches per step, or
-            recomputed activations. Otherwise the ones come as the others go.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    frozen: int
-    activations: int
-    together: bool
-
-    @property
-    def total(self) -> int:
-        """The peak of a step, or of a validation, which keeps the weights aside and uses averaged ones."""
-        both = self.gradients + self.activations
-        step = both if self.together else max(self.gradients, self.activations)
-        validation = self.gradients + self.average
-        return self.weights + self.optimizer + self.average + self.frozen + max(step, validation)
-
-    def to_json(self) -> dict[str, int]:
-        """All parts and the total."""
-        parts: dict[str, Any] = asdict(self)
-        del parts["together"]
-        return {**parts, "total": self.total}
-
-
-def tokenizer_training_memory(
-    config: Config, counts: Parameters, schedule: Schedule
-) -> TrainingMemory | None:
-    """Memory of stage `tokenizer`; None when the configuration has no recipe for it."""
-    training = config.training.tokenizer
-    if training is None:
-        return None
-    number = BYTES[training.precision]
-    normed, plain = _autoencoder_kept(config.model.tokenizer, schedule)
-    image = 3 * prod(schedule.pixels(config.model.tokenizer.patch_size))
-    per_picture = normed * FP32 + plain * number + _LOSS_IMAGES * image * FP32
-    copies = 0 if number == FP32 else counts.tokenizer * number
-    return TrainingMemory(
-        weights=counts.tokenizer * FP32,
-        gradients=counts.tokenizer * FP32,
-        optimizer=counts.tokenizer * _ADAM,
-        average=counts.tokenizer * FP32 if training.ema_decay else 0,
-        frozen=0,
-        activations=training.batch_size * per_picture + copies,
-        together=training.accumulation > 1,
-    )
-
-
-def transformer_training_memory(
-    config: Config, counts: Parameters, schedule: Schedule
-) -> TrainingMemory | None:
-    """Memory of stage `transformer`; None when the configuration has no recipe for it.
-
-    The tokenizer is there for picture grids; a new text encoder is trained too, another one only used.
-    """
-    training = config.training.transformer
-    if training is None:
-        return None
-    text = counts.text_encoder or 0
-    text_is_trained = config.model.text_encoder.source == "new"
-    trained = counts.transformer + (text if text_is_trained else 0)
-    copies = 0 if training.precision == "fp32" else trained * BF16
-    return TrainingMemory(
-        weights=trained * FP32,
-        gradients=trained * FP32,
-        optimizer=trained * _ADAM,
-        average=trained * FP32 if training.ema_decay else 0,
-        frozen=(counts.tokenizer + (0 if text_is_trained else text)) * FP32,
-        activations=training.batch_size * _transformer_kept(config.model, training, schedule) + copies,
-        together=training.accumulation > 1 or training.checkpoint_activations,
-    )
-
-
-def subject_training_memory(
-    config: Config, counts: Parameters, schedule: Schedule, text_tokens: int, *, autoencoder: bool
-) -> TrainingMemory:
-    """Memory of learning a subject; only what `train` names has gradients and optimizer state.
-
-    Args:
-        config: its training.subject must be there.
-        counts: parameters of the model.
-        schedule: scales of the photos and class samples.
-        text_tokens: of the longest caption.
-        autoencoder: whether it shares the device; on a GPU it comes for picture grids alone, when gradients are gone.
-    """
-    training = config.training.subject
-    assert training is not None
-    number = BYTES[training.precision]
-    parts = set[str](training.train)
-    trained = _subject_parameters(config.model, training, counts)
-    text = counts.text_encoder or 0
-    frozen = counts.transformer + text
-    if autoencoder:
-        tokenizer = config.model.tokenizer
-        convs = [*_encoder_convs(tokenizer, schedule), *_decoder_convs(tokenizer, schedule)]
-        frozen += counts.tokenizer + _derived(convs, number)
-    if training.train != ["token"]:
-        frozen -= 0 if "lora" in parts and parts <= {"lora", "token"} else trained
-    rows = training.batch_size * (2 if training.keeps_class else 1)
-    kept = rows * _subject_kept(config.model, training, schedule, text_tokens)
-    copies = 0 if number == FP32 else trained * BF16
-    return TrainingMemory(
-        weights=2 * trained * FP32,  # the base model's values are kept beside them
-        gradients=trained * FP32,
-        optimizer=trained * _ADAM,
-        average=trained * FP32 if training.ema_decay else 0,
-        frozen=max(0, frozen) * number,
-        activations=kept + copies,
-        together=training.accumulation > 1 or training.checkpoint_activations,
-    )
-
-
-def _subject_parameters(model: ModelConfig, training: SubjectTraining, counts: Parameters) -> int:
-    """Parameters that learn a subject; the token's row is left out."""
-    parts = set[str](training.train)
-    with torch.device("meta"):
-        transformer = Transformer(model)
-        if "lora" in parts:
-            lora.attach(transformer, training.lora_layers, training.lora_rank, training.lora_alpha, seed=0)
-    found = sum(p.numel() for name, p in transformer.named_parameters() if is_trained(f"transformer.{name}", parts))
-    if parts & {"text", "all"} and counts.text_encoder is not None:
-        geometry = text_geometry(model.text_encoder)
-        assert geometry is not None
-        found += counts.text_encoder - geometry.vocabulary * geometry.width
-    return found
-
-
-def _subject_kept(model: ModelConfig, training: SubjectTraining, schedule: Schedule, text_tokens: int) -> int:
-    """Bytes a picture keeps for the backward pass when some layers are frozen.
-
-    A frozen linear layer does not keep its input: two tensors of the width in self-attention and in cross-attention,
-    one and the hidden one in the feed-forward layer. Without a gradient to the text four more tensors of the width need
-    not be kept: what the gates and the norms' scales multiply. What comes before the first layer that learns is not
-    kept at all; without self-attention that saves about two more.
-    """
-    geometry = model.transformer
-    number = BYTES[training.precision]
-    parts = set[str](training.train)
-    learning = set(LAYERS) if "all" in parts else parts & set(LAYERS)
-    if "lora" in parts:
-        learning |= set(training.lora_layers)
-    to_text = bool(parts & {"token", "text", "all"})
-    for_width, for_ffn = _BLOCK_BYTES[number]
-    for_width -= number * (2 * ("self" not in learning) + 2 * ("cross" not in learning) + ("ffn" not in learning))
-    for_width -= 0 if to_text else number * (4 if "self" in learning else 6)
-    for_ffn -= number * ("ffn" not in learning)
-    positions = schedule.positions
-    block = positions * (geometry.width * for_width + geometry.ffn_width * for_ffn)
-    text_kv = geometry.depth * 2 * text_tokens * geometry.width * number
-    around = positions * (3 * geometry.width + 6 * model.bits_per_position) * FP32
-    if training.checkpoint_activations:
-        blocks = geometry.depth * positions * geometry.width * FP32 + block
-    else:
-        blocks = geometry.depth * block
-    return blocks + text_kv + around + (_t5_kept(model, number, text_tokens) if to_text else 0)
-
-
-def _transformer_kept(model: ModelConfig, training: TransformerTraining, schedule: Schedule) -> int:
-    """Bytes a picture keeps for the backward pass of the transformer and of a text encoder trained with it.
-
-    A block keeps 20 tensors of its width in float32: inputs of norms and linear layers, queries and keys
-    before and after each of their changes, values, what the attentions return and what the gates multiply;
-    and two of the feed-forward width. In bfloat16 the residual stream, the norms and the inputs of the
-    rotation stay float32. Recomputed blocks keep their input, and one of them everything.
-    """
-    geometry = model.transformer
-    number = BYTES[training.precision]
-    positions = schedule.positions
-    for_width, for_ffn = _BLOCK_BYTES[number]
-    block = positions * (geometry.width * for_width + geometry.ffn_width * for_ffn)
-    text_kv = geometry.depth * 2 * geometry.text_length * geometry.width * number
-    around = positions * (3 * geometry.width + 6 * model.bits_per_position) * FP32
-    if training.checkpoint_activations:
-        blocks = geometry.depth * positions * geometry.width * FP32 + block
-    else:
-        blocks = geometry.depth * block
-    return blocks + text_kv + around + _text_kept(model, number)
-
-
-def _text_kept(model: ModelConfig, number: int) -> int:
-    """Bytes a prompt keeps for the backward pass of a text encoder that is trained."""
-    return _t5_kept(model, number, model.transformer.text_length) if model.text_encoder.source == "new" else 0
-
-
-def _t5_kept(model: ModelConfig, number: int, tokens: int) -> int:
-    """Bytes a prompt of so many tokens keeps for the backward pass of its encoder; 0 where that is not known."""
-    geometry = text_geometry(model.text_encoder)
-    if geometry is None:
-        return 0
-    for_width, for_ffn = _T5_BYTES[number]
-    attention = geometry.heads * tokens * FP32
-    return geometry.layers * tokens * (geometry.width * for_width + geometry.ffn_width * for_ffn + attention)
 
 
 @dataclass(frozen=True)
@@ -448,20 +215,7 @@ class _Conv:
     doubles: bool = False
 
 
-def _autoencoder_kept(config: TokenizerConfig, schedule: Schedule) -> tuple[int, int]:
-    """Numbers a picture keeps for the backward pass of encoder and decoder: of norms, and of convolutions.
-
-    A norm keeps its input, the activation behind it keeps its own, the convolution behind that its own.
-    """
-    normed = plain = 0
-    for conv in [*_encoder_convs(config, schedule), *_decoder_convs(config, schedule)]:
-        size = conv.before * conv.pixels
-        plain += size
-        normed += 2 * size if conv.normed else 0
-    return normed, plain
-
-
-def _decoder_peak(config: TokenizerConfig, schedule: Schedule) -> int:
+def decoder_peak(config: TokenizerConfig, schedule: Schedule) -> int:
     """Numbers the decoder holds at once, at most, for one picture, without gradient.
 
     At a convolution: its input and output, what the residual block holds beside them, and a copy of both in
@@ -471,14 +225,21 @@ def _decoder_peak(config: TokenizerConfig, schedule: Schedule) -> int:
     return max(2 * (conv.before + conv.after) * conv.pixels + conv.held for conv in convs)
 
 
-def _derived(convs: Sequence[_Conv], number: int) -> int:
-    """Numbers of the weights that a CPU infers with in place of these convolutions' own, and keeps beside those."""
+def derived_weights(config: TokenizerConfig, schedule: Schedule, number: int, *, encoder: bool) -> int:
+    """Bytes of the weights that a CPU infers with in place of some convolutions' own, and keeps beside those.
+
+    Args:
+        config: of the autoencoder.
+        schedule: scales of the pictures.
+        number: bytes per number.
+        encoder: whether pictures are encoded too, not only decoded.
+    """
     total = 0
-    for conv in convs:
+    for conv in [*(_encoder_convs(config, schedule) if encoder else ()), *_decoder_convs(config, schedule)]:
         wide = min(conv.before, conv.after) >= LEAST_CHANNELS and conv.pixels >= LEAST_POSITIONS
         if conv.doubles or (conv.normed and wide and number == FP32):
             total += 16 * conv.before * conv.after
-    return total
+    return total * number
 
 
 def _res_block(before: int, after: int, pixels: int) -> list[_Conv]:

@@ -188,15 +188,6 @@ def load_model(
     return model
 
 
-def load_weights(module: nn.Module, file: Path) -> None:
-    """Copies a safetensors file into a module that has weights already.
-
-    Raises:
-        InputError: the file is corrupt or of another geometry.
-    """
-    module.load_state_dict(read_tensors(file, module.state_dict(), torch.device("cpu"), None))
-
-
 def read_tensors(
     file: Path, expected: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:

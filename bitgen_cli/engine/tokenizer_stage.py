@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ class TokenizerStage:
             self.paces = {"discriminator.": Pace(training.discriminator_pace, training.adversarial_start)}
         self.module = TrainedTokenizer(tokenizer, discriminator, training.precision).to(device)
         self._perceptual = perceptual_distance(device) if training.perceptual_weight else None
-        self._forward: Callable[..., Forward] = self.module
+        self._forward: Callable[..., Any] = self.module
         self._ranks = Ranks(device=device)
         self._pictures = Pictures(source, config, training, report)
         trained, held_out = split(len(source), training.validation_images, training.seed)
@@ -104,13 +105,16 @@ class TokenizerStage:
         image, scales = self._images(indices, _drawn_budget(training, generator))
         kept = kept_scales(indices, len(scales), training, generator)
         judged = bool(training.adversarial_weight) and step >= training.adversarial_start
-        found = self._forward(image, scales, bits, None if kept is None else kept.to(self.device), judged=judged)
-        likeness, quantisation, measured = self._losses(image, found.reconstructions, draws.weight)
-        loss = likeness + quantisation
-        if judged:
-            adversarial, parts = self._adversarial(likeness, found, draws.weight)
-            loss, measured = loss + adversarial, measured | parts
-        return loss, measured
+        mean = self._mean_over_ranks(draws.weight)
+
+        def finish(found: Forward) -> tuple[Tensor, dict[str, Tensor]]:
+            return forward_loss(image, found, self.module, training, self._perceptual, mean)
+
+        kept = None if kept is None else kept.to(self.device)
+        found: tuple[Tensor, dict[str, Tensor]] = self._forward(
+            image, scales, bits, kept, judged=judged, finish=finish
+        )
+        return found
 
     def validate(self) -> dict[str, float]:
         """Means over the held-out pictures: val_loss, val_psnr (dB), val_ssim and val_bit_usage.
@@ -121,8 +125,9 @@ class TokenizerStage:
 
         def measure(indices: list[int], weight: float) -> dict[str, Tensor]:
             image, scales = self._images(indices)
-            found = self._forward(image, scales, self.bit_counts).reconstructions
-            likeness, quantisation, parts = self._losses(image, found, weight)
+            found: list[Reconstruction] = self._forward(image, scales, self.bit_counts).reconstructions
+            mean = self._mean_over_ranks(weight)
+            likeness, quantisation, parts = picture_losses(image, found, self.training, self._perceptual, mean)
             measured = {"val_loss": likeness + quantisation}
             for reconstruction in found:
                 shown, suffix = reconstruction.image.clamp(-1, 1), self._suffix(reconstruction)
@@ -149,53 +154,13 @@ class TokenizerStage:
     def close(self) -> None:
         self._pictures.close()
 
-    def _losses(
-        self, image: Tensor, found: Sequence[Reconstruction], weight: float
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Losses of the reconstructions and of the bits, means over the numbers of bits, and their parts."""
-        likeness, quantisation = [], []
-        measured: dict[str, Tensor] = {}
-        for reconstruction in found:
-            unlike, looks = reconstruction_loss(image, reconstruction.image, self.training, self._perceptual)
-            unfit, uses = quantiser_loss(
-                reconstruction.latent, reconstruction.total, self.training, self._mean_over_ranks(weight)
-            )
-            likeness.append(unlike)
-            quantisation.append(unfit)
-            suffix = self._suffix(reconstruction)
-            measured |= {f"{name}{suffix}": value for name, value in (looks | uses).items()}
-        return torch.stack(likeness).mean(), torch.stack(quantisation).mean(), measured
-
     def _mean_over_ranks(self, weight: float) -> MeanOverRanks:
         """The mean of a tensor over all pictures of a batch; `weight` is that of this rank's."""
         return lambda tensor: self._ranks.mean(tensor * weight)
 
-    def _adversarial(self, likeness: Tensor, found: Forward, share: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the decoder loses to the discriminator and what that loses itself, and their parts."""
-        assert found.real is not None
-        fooling, seeing = [], []
-        for reconstruction in found.reconstructions:
-            assert reconstruction.fooling is not None
-            assert reconstruction.fake is not None
-            fooling.append(-reconstruction.fooling.mean())
-            seeing.append(hinge_loss(found.real, reconstruction.fake))
-        generator, discriminator = torch.stack(fooling).mean(), torch.stack(seeing).mean()
-        weight = torch.full((), self.training.adversarial_weight, device=generator.device)
-        if self.training.adversarial_adaptive:
-            weight = weight * adaptive_weight(
-                likeness,
-                generator,
-                [reconstruction.image for reconstruction in found.reconstructions],
-                [reconstruction.features for reconstruction in found.reconstructions],
-                self.module.tokenizer.autoencoder.decoder.conv_out,
-                self._mean_over_ranks(share),
-            )
-        parts = {"generator": generator, "discriminator": discriminator, "adversarial_weight": weight}
-        return weight * generator + discriminator, {name: part.detach() for name, part in parts.items()}
-
     def _suffix(self, reconstruction: Reconstruction) -> str:
         """Behind the names of what is measured with some number of bits, where there are several."""
-        return f"_{reconstruction.latent.shape[1]}_bits" if len(self.bit_counts) > 1 else ""
+        return bits_suffix(reconstruction, len(self.bit_counts))
 
     def _images(self, indices: list[int], budget: str | int | None = None) -> tuple[Tensor, Schedule]:
         """Pictures of one aspect ratio, (B, 3, height, width) in [-1, 1], and their schedule.
@@ -227,6 +192,88 @@ class TokenizerStage:
                         f"pictures of {height}x{width} pixels are too small for training.tokenizer: "
                         f"{what} needs {needed[what]} along the shorter side"
                     )
+
+
+def forward_loss(
+    image: Tensor,
+    found: Forward,
+    module: TrainedTokenizer,
+    training: TokenizerTraining,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None,
+    mean_over_ranks: MeanOverRanks,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch, with the adversary's part where the discriminator was asked, and its detached parts.
+
+    Args:
+        image: (B, 3, height, width) in [-1, 1].
+        found: what `module` made of it.
+        module: what is trained.
+        training: the weights of the parts.
+        perceptual: LPIPS; None without.
+        mean_over_ranks: of a tensor, the mean over the processes that share a batch.
+    """
+    seen = found.reconstructions
+    likeness, quantisation, measured = picture_losses(image, seen, training, perceptual, mean_over_ranks)
+    loss = likeness + quantisation
+    if found.real is not None:
+        adversarial, parts = _adversarial(likeness, found, module, training, mean_over_ranks)
+        loss, measured = loss + adversarial, measured | parts
+    return loss, measured
+
+
+def picture_losses(
+    image: Tensor,
+    found: Sequence[Reconstruction],
+    training: TokenizerTraining,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None,
+    mean_over_ranks: MeanOverRanks,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Losses of the reconstructions and of the bits, means over the numbers of bits, and their parts."""
+    likeness, quantisation = [], []
+    measured: dict[str, Tensor] = {}
+    for reconstruction in found:
+        unlike, looks = reconstruction_loss(image, reconstruction.image, training, perceptual)
+        unfit, uses = quantiser_loss(reconstruction.latent, reconstruction.total, training, mean_over_ranks)
+        likeness.append(unlike)
+        quantisation.append(unfit)
+        suffix = bits_suffix(reconstruction, len(found))
+        measured |= {f"{name}{suffix}": value for name, value in (looks | uses).items()}
+    return torch.stack(likeness).mean(), torch.stack(quantisation).mean(), measured
+
+
+def bits_suffix(reconstruction: Reconstruction, count: int) -> str:
+    """Behind the names of what is measured with some number of bits, where there are several."""
+    return f"_{reconstruction.latent.shape[1]}_bits" if count > 1 else ""
+
+
+def _adversarial(
+    likeness: Tensor,
+    found: Forward,
+    module: TrainedTokenizer,
+    training: TokenizerTraining,
+    mean_over_ranks: MeanOverRanks,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the decoder loses to the discriminator and what that loses itself, and their parts."""
+    assert found.real is not None
+    fooling, seeing = [], []
+    for reconstruction in found.reconstructions:
+        assert reconstruction.fooling is not None
+        assert reconstruction.fake is not None
+        fooling.append(-reconstruction.fooling.mean())
+        seeing.append(hinge_loss(found.real, reconstruction.fake))
+    generator, discriminator = torch.stack(fooling).mean(), torch.stack(seeing).mean()
+    weight = torch.full((), training.adversarial_weight, device=generator.device)
+    if training.adversarial_adaptive:
+        weight = weight * adaptive_weight(
+            likeness,
+            generator,
+            [reconstruction.image for reconstruction in found.reconstructions],
+            [reconstruction.features for reconstruction in found.reconstructions],
+            module.tokenizer.autoencoder.decoder.conv_out,
+            mean_over_ranks,
+        )
+    parts = {"generator": generator, "discriminator": discriminator, "adversarial_weight": weight}
+    return weight * generator + discriminator, {name: part.detach() for name, part in parts.items()}
 
 
 def kept_scales(

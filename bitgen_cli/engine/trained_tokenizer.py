@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,10 @@ class Forward(NamedTuple):
     real: Tensor | None
 
 
+def _as_it_is(found: Forward) -> Forward:
+    return found
+
+
 class TrainedTokenizer(nn.Module):
     """What stage `tokenizer` trains.
 
@@ -70,7 +75,8 @@ class TrainedTokenizer(nn.Module):
         kept: Tensor | None = None,
         *,
         judged: bool = False,
-    ) -> Forward:
+        finish: Callable[[Forward], Any] = _as_it_is,
+    ) -> Any:
         """Pictures decoded again, once with each number of bits, from one pass through the encoder.
 
         The decoder sees the quantised sum; its gradient goes straight to the latent, past all scales at once.
@@ -81,12 +87,14 @@ class TrainedTokenizer(nn.Module):
             bits: numbers of bits d.
             kept: (B,) how many scales of each picture the decoder sees; None is all.
             judged: whether the discriminator is asked.
+            finish: makes of the `Forward` what is returned: a loss that looks for gradients between its parts has to be
+                computed in here, since what wraps the module stands between its outputs and their graph.
         """
         with autocast(image.device, self._precision):
             whole = self.tokenizer.autoencoder.encode(image).float()
             found = [self._reconstruct(whole, schedule, count, kept, judged) for count in bits]
             real = self.discriminator(image).float() if judged and self.discriminator is not None else None
-        return Forward(found, real)
+        return finish(Forward(found, real))
 
     def _reconstruct(
         self, whole: Tensor, schedule: Schedule, bits: int, kept: Tensor | None, judged: bool

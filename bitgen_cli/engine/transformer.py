@@ -173,7 +173,8 @@ class Transformer(nn.Module):
         projected, pooled, modulation, head_modulation = self._read(text)
         mask = text.mask
         counts = torch.tensor(schedule.counts, device=inputs.device)
-        scales = self.scale_embedding.weight[: len(schedule)].repeat_interleave(counts, dim=0)
+        rows = self.scale_embedding.weight[: len(schedule)]
+        scales = rows.repeat_interleave(counts, dim=0, output_size=schedule.positions)
         x = torch.cat((self._start(pooled), self.bit_embedding(inputs.to(self.dtype)).float()), dim=1) + scales
         rope = self._rope(schedule)
         branches = [None] * len(self.blocks) if kept is None else kept.unbind()

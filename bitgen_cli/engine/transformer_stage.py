@@ -352,6 +352,22 @@ def attention(
     return nullcontext()
 
 
+def kept_latents(store: TokenStore) -> int:
+    """Bytes of a store's latents that are kept in memory; 0 where they are too many, or there are none."""
+    size = sum(2 * shape.numel() for shape in _latent_shapes(store).values()) if store.manifest.latents else 0
+    return size if size <= IN_MEMORY else 0
+
+
+def _latent_shapes(store: TokenStore) -> dict[float, torch.Size]:
+    """(N, C, H, W) of the latents of each aspect ratio."""
+    return {
+        ratio: torch.Size(
+            (len(store.indices_of(ratio)), store.manifest.bits, *store.schedule(ratio).latent_sizes[-1])
+        )
+        for ratio in store.ratios
+    }
+
+
 class _Latents:
     """Latents of a store, in memory where they fit.
 
@@ -365,19 +381,13 @@ class _Latents:
         self._device = device
         self._kept: dict[float, Tensor] = {}
         self._row = torch.zeros(len(store), dtype=torch.long)
-        if not store.manifest.latents:
+        if not kept_latents(store):
             return
-        groups = {ratio: store.indices_of(ratio) for ratio in store.ratios}
-        shapes = {
-            ratio: torch.Size((len(group), store.manifest.bits, *store.schedule(ratio).latent_sizes[-1]))
-            for ratio, group in groups.items()
-        }
-        if sum(2 * shape.numel() for shape in shapes.values()) > IN_MEMORY:
-            return
-        for ratio, group in groups.items():
+        for ratio, shape in _latent_shapes(store).items():
+            group = store.indices_of(ratio)
             self._row[group] = torch.arange(len(group))
             # they are stored as bfloat16 too: nothing is lost
-            kept = torch.empty(shapes[ratio], dtype=torch.bfloat16, device=device)
+            kept = torch.empty(shape, dtype=torch.bfloat16, device=device)
             for start in range(0, len(group), 1024):
                 part = store.latents(group[start : start + 1024])
                 assert part is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from bitgen_cli import __version__
 from bitgen_cli.config import Config, SubjectTraining
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data_report import FILE, DataReport, count_captions, data_report
-from bitgen_cli.engine.device import DTYPES, bf16_is_fast, free_memory
+from bitgen_cli.engine.device import DTYPES, bf16_is_fast
 from bitgen_cli.engine.folders import FileSource
-from bitgen_cli.engine.memory import BYTES, TrainingMemory, parameters, sampling_memory, subject_training_memory
+from bitgen_cli.engine.memory import parameters
 from bitgen_cli.engine.model_folder import (
     TOKENIZER_FILE,
     TRANSFORMER_FILE,
@@ -30,7 +30,7 @@ from bitgen_cli.engine.model_folder import (
 )
 from bitgen_cli.engine.parallel import Ranks
 from bitgen_cli.engine.parts import kind_of
-from bitgen_cli.engine.scales import ratios
+from bitgen_cli.engine.scales import Schedule, ratios
 from bitgen_cli.engine.subject import (
     Header,
     Subject,
@@ -52,10 +52,12 @@ from bitgen_cli.engine.subject_stage import (
     SubjectStage,
 )
 from bitgen_cli.engine.tensors import stored_dtype
-from bitgen_cli.errors import InputError, ResourceError, UsageError
+from bitgen_cli.engine.training_memory import Layout, TrainingMemory, subject_drawing, subject_training_memory
+from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.files import atomic_path, write_json
 from bitgen_cli.presets import DEFAULT, Resolved
 from bitgen_cli.report import Report
+from bitgen_cli.runs.fitting import PROGRAM, Fit, fit_of, lower_resolution, size, with_recipe
 from bitgen_cli.runs.gen_priors import check_class, with_article
 from bitgen_cli.runs.logs import plan_logs
 from bitgen_cli.runs.recipes import subject_recipe
@@ -157,12 +159,83 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
     Raises:
         UsageError: options that do not fit the model or each other, a name that is taken, a token that is a word.
         InputError: no photos, unreadable ones, or a model that cannot be read.
-        ResourceError: no such device, not enough memory, or no space left.
+        ResourceError: no such device, not enough memory or disk.
         DivergedError: the loss is no longer a number; the last checkpoint is good.
         Interrupted: stopped by the user; the run is saved.
     """
     started = time.perf_counter()
     require_alone()
+    begun = _begin(options, report)
+    begun.fit.require()
+    header, model, config, device, run = begun.header, begun.model, begun.resolved.config, begun.device, begun.run
+    training, at_once = recipe_of(config), begun.at_once
+    priors, distilled = class_samples(
+        header, model, config, device, at_once, report, base=options.model, folder=options.priors
+    )
+    others = other_samples(header, model, config, at_once, report)
+    material = Material(begun.lessons, priors, distilled, others)
+    run.create(
+        {
+            "verb": VERB,
+            "name": begun.name,
+            "model": str(model.folder.resolve()) if options.model != "demo" else "demo",
+            "header": header.model_dump(mode="json"),
+            "config": config.model_dump(mode="json"),
+            "origins": begun.resolved.origins,
+            "logs": begun.logs,
+            "drawn_at_once": at_once,
+            "first_whole_step": training.first_whole_step,
+            "merge": None if options.merge is None else str(options.merge.expanduser().resolve()),
+        }
+    )
+    save_material(run, material)
+    write_json(run.path / FILE, _report_on(begun.photos, begun.source, training, model).to_json())
+    stage = _stage(config, model, material, header, device, at_once, training.first_whole_step)
+    trained = fit(SUBJECT, stage, config, run, _WatchesClass(report, header), Ranks(device=device), started)
+    return _finish(begun.name, header, run, trained, model, options.merge, report, started, replace=True)
+
+
+def try_out_subject(options: SubjectOptions, report: Report) -> Fit:
+    """Does everything that comes before class pictures are drawn: what learning the subject needs, and whether it fits.
+
+    Raises: as `finetune_subject`.
+    """
+    return _begin(options, report).fit
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What is there before class pictures are drawn.
+
+    Attributes:
+        name: of the subject.
+        header: of its file.
+        resolved: the configuration.
+        model: the base model, which reads the token.
+        lessons: from the photos.
+        source, photos: the photos.
+        logs: besides metrics.jsonl.
+        run: the unused folder.
+        device: where it is computed.
+        fit: what the training needs.
+        at_once: pictures that can be drawn together.
+    """
+
+    name: str
+    header: Header
+    resolved: Resolved
+    model: Model
+    lessons: list[Lesson]
+    source: FileSource
+    photos: list[Image.Image]
+    logs: dict[str, Any]
+    run: RunFolder
+    device: torch.device
+    fit: Fit
+    at_once: int
+
+
+def _begin(options: SubjectOptions, report: Report) -> _Begun:
     class_word = check_class(options.class_word)
     if options.merge is not None:
         _refuse_used(options.merge)
@@ -192,31 +265,8 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
         report.notice("captions longer than the text encoder takes are cut")
     if set(training.train) == {"token"} and training.prior != "none":
         report.notice("the token alone cannot change its class: no class pictures are drawn or used")
-    at_once = _check_memory(resolved.config, model, lessons, device, report)
-    priors, distilled = class_samples(
-        header, model, resolved.config, device, at_once, report, base=options.model, folder=options.priors
-    )
-    others = other_samples(header, model, resolved.config, at_once, report)
-    material = Material(lessons, priors, distilled, others)
-    run.create(
-        {
-            "verb": VERB,
-            "name": name,
-            "model": str(folder.resolve()) if options.model != "demo" else "demo",
-            "header": header.model_dump(mode="json"),
-            "config": resolved.config.model_dump(mode="json"),
-            "origins": resolved.origins,
-            "logs": logs,
-            "drawn_at_once": at_once,
-            "first_whole_step": training.first_whole_step,
-            "merge": None if options.merge is None else str(options.merge.expanduser().resolve()),
-        }
-    )
-    save_material(run, material)
-    write_json(run.path / FILE, _report_on(photos, source, training, model).to_json())
-    stage = _stage(resolved.config, model, material, header, device, at_once, training.first_whole_step)
-    trained = fit(SUBJECT, stage, resolved.config, run, _WatchesClass(report, header), Ranks(device=device), started)
-    return _finish(name, header, run, trained, model, options.merge, report, started, replace=True)
+    found, at_once = _fit(resolved.config, model, lessons, device, run, report)
+    return _Begun(name, header, resolved, model, lessons, source, photos, logs, run, device, found, at_once)
 
 
 def resume_subject(
@@ -308,14 +358,10 @@ CHOICES = ("token", "token,lora", "token,cross,ffn", "all")
 """What the memory is told of besides the choice that was made."""
 
 
-def _check_memory(
-    config: Config, model: Model, lessons: Sequence[Lesson], device: torch.device, report: Report
-) -> int:
-    """Says what the training will need, and what other choices would; returns how many pictures can be drawn at once.
-
-    Raises:
-        ResourceError: more than the device has.
-    """
+def _fit(
+    config: Config, model: Model, lessons: Sequence[Lesson], device: torch.device, run: RunFolder, report: Report
+) -> tuple[Fit, int]:
+    """What the training will need, and how many pictures can be drawn at once; says what other choices would need."""
     training = recipe_of(config)
     assert model.text_encoder is not None
     counts = parameters(config.model)
@@ -323,43 +369,42 @@ def _check_memory(
     if training.keeps_class:
         captions.update(training.prior_templates, training.other_prompts)
     tokens = max(len(ids) for ids in model.text_encoder.tokenise(sorted(captions)))
-    largest = max((lesson.schedule for lesson in lessons), key=lambda scales: scales.positions)
+    ratios = sorted({lesson.schedule.ratio for lesson in lessons})
 
-    def needed(train: Sequence[str]) -> TrainingMemory:
-        chosen = training.model_copy(update={"train": list(train)})
-        other = config.model_copy(update={"training": config.training.model_copy(update={SUBJECT: chosen})})
-        return subject_training_memory(other, counts, largest, tokens, autoencoder=device.type == "cpu")
+    def largest(config: Config) -> Schedule:
+        shapes = [schedule_of(model, recipe_of(config), ratio) for ratio in ratios]
+        return max(shapes, key=lambda scales: scales.positions)
 
-    memory, name = needed(training.train), ",".join(training.train)
-    own = memory.total
-    others = [f"{choice} {_size(needed(choice.split(',')).total)}" for choice in CHOICES if choice != name]
-    report.notice(f"memory for --train {name}: about {_size(own)}; it would be {', '.join(others)}")
-    free = free_memory(device)
-    if free is None:
-        return AT_ONCE
-    free += sum(p.nbytes for part in (model.transformer, model.text_encoder) if part for p in part.parameters())
-    if own + PROGRAM > free:
-        raise ResourceError(
-            f"--train {name} needs about {_size(own + PROGRAM)} of memory, {device} has {_size(free)} free",
-            "what needs less: --train token,lora, --prior none, --set training.subject.batch_size=1, "
-            "--set training.subject.checkpoint_activations=true, a smaller --resolution",
-        )
-    left = free - PROGRAM - (own - memory.activations)
-    number = BYTES[training.precision]
+    def needed(config: Config, layout: Layout) -> TrainingMemory:
+        return subject_training_memory(config, counts, largest(config), tokens, layout)
 
-    def drawing(pictures: int) -> int:
-        found = sampling_memory(config.model, counts, largest, number, pictures)
-        return found.total - found.weights
+    def more(config: Config) -> Iterator[tuple[str, Config]]:
+        if training.train != ["token", "lora"]:
+            yield "--train token,lora", with_recipe(config, SUBJECT, train=["token", "lora"])
+        if training.keeps_class:
+            yield "--prior none", with_recipe(config, SUBJECT, prior="none")
+        lower = lower_resolution(training.resolution or config.model.scales.resolution)
+        if lower is not None:
+            yield f"--resolution {lower}", with_recipe(config, SUBJECT, resolution=lower)
 
-    return next((pictures for pictures in (AT_ONCE, 4, 2) if drawing(pictures) <= left), 1)
-
-
-PROGRAM = 2**29
-"""Bytes that the program, its libraries and their work space take besides."""
-
-
-def _size(number: int) -> str:
-    return f"{number / 2**30:.1f} GB" if number >= 2**30 else f"{number / 2**20:.0f} MB"
+    layout, name = Layout(device), ",".join(training.train)
+    loaded = sum(
+        p.nbytes for part in (model.transformer, model.text_encoder, model.tokenizer) if part for p in part.parameters()
+    )
+    found = fit_of(config, SUBJECT, layout, needed, run.path, returns=loaded, more=more)
+    others = {choice: with_recipe(config, SUBJECT, train=choice.split(",")) for choice in CHOICES if choice != name}
+    told = [f"{choice} {size(needed(other, layout).total)}" for choice, other in others.items()]
+    report.notice(f"memory for --train {name}: about {size(found.memory.total)}; it would be {', '.join(told)}")
+    if found.free is None:
+        return found, AT_ONCE
+    # everything but the step is there while pictures are drawn
+    room = found.free - PROGRAM - (found.memory.total - max(found.memory.step, found.memory.drawing))
+    aside = found.memory.gradients + found.memory.average
+    scales = largest(config)
+    at_once = next(
+        (n for n in (AT_ONCE, 4, 2) if aside + subject_drawing(config, counts, scales, layout, n) <= room), 1
+    )
+    return found, at_once
 
 
 def _header(

@@ -15,18 +15,17 @@ from typing import Any
 
 from bitgen_cli.config import Config, ModelConfig
 from bitgen_cli.config_keys import flatten
-from bitgen_cli.engine.memory import (
-    BYTES,
-    Parameters,
-    parameters,
-    sampling_memory,
-    store_bytes,
+from bitgen_cli.engine.device import pick_device
+from bitgen_cli.engine.memory import BYTES, Parameters, parameters, sampling_memory, store_bytes
+from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
+from bitgen_cli.engine.subject import SUFFIX, Subject, find_subject, known_subjects, read_subject, unreadable_subjects
+from bitgen_cli.engine.training_memory import (
+    LABELS,
+    Layout,
     subject_training_memory,
     tokenizer_training_memory,
     transformer_training_memory,
 )
-from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
-from bitgen_cli.engine.subject import SUFFIX, Subject, find_subject, known_subjects, read_subject, unreadable_subjects
 from bitgen_cli.errors import ConfigError, InputError, UsageError
 from bitgen_cli.files import explain, read_json
 from bitgen_cli.presets import EXTENDS, Resolved, preset_names, preset_path, resolve, resolve_stored
@@ -313,14 +312,15 @@ def _result(
     sampling = {
         name: sampling_memory(model, counts, scales, number).to_json() for name, number in BYTES.items()
     }
+    layout = Layout(pick_device("auto"))
     stages = {
-        "tokenizer": tokenizer_training_memory(config, counts, scales),
-        "transformer": transformer_training_memory(config, counts, scales),
+        "tokenizer": tokenizer_training_memory(config, counts, scales, layout),
+        "transformer": transformer_training_memory(config, counts, scales, layout),
         "subject": None,
     }
     if config.training.subject is not None:
         tokens = min(CAPTION_TOKENS, model.transformer.text_length)
-        stages["subject"] = subject_training_memory(config, counts, scales, tokens, autoencoder=True)
+        stages["subject"] = subject_training_memory(config, counts, scales, tokens, layout)
     training = {name: None if memory is None else memory.to_json() for name, memory in stages.items()}
     facts: dict[str, Any] = {
         "kind": kind,
@@ -454,15 +454,6 @@ _SAMPLING_ROWS = {
     "decoder_work": "Decoder, after the transformer",
     "total": "Peak",
 }
-_TRAINING_ROWS = {
-    "weights": "Trained weights",
-    "gradients": "Gradients",
-    "optimizer": "AdamW",
-    "average": "Averaged weights",
-    "frozen": "Weights only used",
-    "activations": "Activations of a micro-batch",
-    "total": "Peak",
-}
 
 
 def _sampling_table(sampling: Mapping[str, Mapping[str, int]], picture: Mapping[str, Any]) -> Table:
@@ -478,7 +469,8 @@ def _training_table(config: Config, training: Mapping[str, Mapping[str, int] | N
     stages = {name: memory for name, memory in training.items() if memory is not None}
     rows = [
         [label, *(_bytes(memory[name]) for memory in stages.values())]
-        for name, label in _TRAINING_ROWS.items()
+        for name, label in {**LABELS, "total": "Peak"}.items()
+        if any(memory[name] for memory in stages.values())
     ]
     heads = []
     for name in stages:

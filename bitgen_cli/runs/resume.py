@@ -22,16 +22,14 @@ from bitgen_cli.place import place
 from bitgen_cli.report import Report
 from bitgen_cli.runs.finetune_subject import VERB, SubjectResult, resume_subject
 from bitgen_cli.runs.logs import add_logs
+from bitgen_cli.runs.start import Parts, open_store, text_encoder_for
 from bitgen_cli.runs.train import (
     TOKENIZER,
-    Parts,
     TrainResult,
     fit,
-    open_store,
     picture_source,
     prepare_device,
     recipe,
-    text_encoder_for,
     transformer_stage,
 )
 

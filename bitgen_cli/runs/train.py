@@ -2,49 +2,42 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitgen_cli.config import Config, LoopConfig, ModelConfig
-from bitgen_cli.engine.active_bits import bits_in_use
+from bitgen_cli.config import Config, LoopConfig
+from bitgen_cli.engine.beginning import PartReport
 from bitgen_cli.engine.captions import NO_CAPTIONS
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data_report import FILE, announce, data_report, measure
 from bitgen_cli.engine.device import keep_freed_memory, pick_device
-from bitgen_cli.engine.model_folder import (
-    TEXT_FOLDER,
-    TOKENIZER_FILE,
-    TRANSFORMER_FILE,
-    Model,
-    find_model,
-    load_model,
-    load_weights,
-    read_model_config,
-    read_tensors,
-    require_same_tokenizer,
-    save_model,
-)
+from bitgen_cli.engine.memory import parameters
+from bitgen_cli.engine.model_folder import TOKENIZER_FILE
 from bitgen_cli.engine.parallel import Ranks, joined
-from bitgen_cli.engine.scales import buckets, budgeted, largest, nearest_ratio, schedule
+from bitgen_cli.engine.scales import Schedule, buckets, budgeted, largest, nearest_ratio, ratios, schedule
 from bitgen_cli.engine.sources import WORLD, PictureSource, open_source
 from bitgen_cli.engine.store import MANIFEST, TokenStore
-from bitgen_cli.engine.text import TextEncoder, load_text_encoder, new_text_encoder
-from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.tokenizer_stage import TokenizerStage
 from bitgen_cli.engine.trainer import Stage, Trainer
-from bitgen_cli.engine.transformer import Transformer
-from bitgen_cli.engine.transformer_stage import TransformerStage
+from bitgen_cli.engine.training_memory import (
+    Layout,
+    TrainingMemory,
+    tokenizer_training_memory,
+    transformer_training_memory,
+)
+from bitgen_cli.engine.transformer_stage import TransformerStage, kept_latents
 from bitgen_cli.errors import UsageError
 from bitgen_cli.files import write_json
 from bitgen_cli.place import place
 from bitgen_cli.report import Report
+from bitgen_cli.runs.fitting import Fit, fit_of
 from bitgen_cli.runs.logs import logged, plan_logs
+from bitgen_cli.runs.start import NOTHING, Init, Parts, first_parts, first_tokenizer, save_report, save_start, to_json
 
 if TYPE_CHECKING:
     from bitgen_cli.presets import Resolved
@@ -62,11 +55,11 @@ class TrainOptions:
             pictures.
         data: for the tokenizer pictures as `open_source` reads them, for the transformer a token store.
         out: folder of the run; must be new or empty.
-        init: model folder or run folder to begin with. The transformer needs the one whose tokenizer made the
-            store.
+        init: models and weight files to begin with. The transformer needs the tokenizer that made the store.
         image_root: where listed pictures are, if not beside their listing.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        strategy: `ddp` or `fsdp`, where torchrun or `--devices` started several processes.
+        devices: processes of this machine that are to train together.
+        strategy: `ddp` or `fsdp`, what they share, or those that torchrun started.
         logs: `tensorboard`, `wandb`: where measurements go besides metrics.jsonl.
     """
 
@@ -74,8 +67,9 @@ class TrainOptions:
     stage: str | None
     data: str
     out: Path
-    init: str | None = None
+    init: Init = NOTHING
     device: str = "auto"
+    devices: int = 1
     strategy: str = "ddp"
     logs: tuple[str, ...] = ()
     image_root: Path | None = None
@@ -93,6 +87,7 @@ class TrainResult:
         validation: measurements on held-out pictures after the last step; empty without such pictures.
         model: the model folder.
         seconds: this call took.
+        init: what became of every key of the weights it began with, a part each; empty when it was resumed.
     """
 
     run: Path
@@ -102,6 +97,7 @@ class TrainResult:
     validation: dict[str, float]
     model: Path
     seconds: float
+    init: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain JSON values."""
@@ -114,61 +110,154 @@ def train(options: TrainOptions, report: Report) -> TrainResult:
     Raises:
         UsageError: no recipe for the stage, parts that do not fit together, or OUT holds something.
         InputError: the data or the model to begin with cannot be read.
-        ResourceError: no such device, or no space left; the last checkpoint is good.
+        ResourceError: no such device, not enough memory or disk; when the disk is full later, the last checkpoint is
+            good.
         DivergedError: the loss is no longer a number; the last checkpoint is good.
         Interrupted: stopped by the user; the run is saved.
     """
     started = time.perf_counter()
-    config = options.resolved.config
-    stage_name = options.stage or stage_for(options.data)
-    if stage_name == SUBJECT:
-        raise UsageError("`bitgen train` does not learn subjects", "bitgen finetune-subject does")
-    recipe(config, stage_name)
-    if stage_name == TRANSFORMER and options.image_root is not None:
-        raise UsageError("--image-root is for pictures", "a token store holds all that is learned from")
+    stage = _checked(options)
     logs = plan_logs(options.logs)
     device = prepare_device(options.device)
     with joined(options.strategy, device) as ranks:
-        return _train(options, stage_name, logs, ranks, report, started)
+        return _train(options, stage, logs, ranks, report, started)
 
 
 def _train(
-    options: TrainOptions, stage_name: str, logs: dict[str, Any], ranks: Ranks, report: Report, started: float
+    options: TrainOptions, stage: str, logs: dict[str, Any], ranks: Ranks, report: Report, started: float
 ) -> TrainResult:
     """A training as one of the ranks; the first one alone writes."""
-    config, device = options.resolved.config, ranks.device
-    run = RunFolder(options.out)
+    config, run, data = options.resolved.config, RunFolder(options.out), _lasting(options.data)
     if ranks.first:
         run.refuse_used()
-    data = options.data if options.data.startswith(WORLD) else str(Path(options.data).expanduser().resolve())
-    description = {
-        "verb": "train",
-        "stage": stage_name,
-        "data": data,
-        "image_root": None if options.image_root is None else str(options.image_root.expanduser().resolve()),
-        "init": options.init,
-        "logs": logs,
-        "config": config.model_dump(mode="json"),
-        "origins": options.resolved.origins,
-    }
-    stage: Stage
-    if stage_name == TOKENIZER:
-        tokenizer = _first_tokenizer(config, options.init)
-        source = picture_source(config, data, options.image_root)
-        if ranks.first:
-            announce(source, options.data, report)
-        stage = TokenizerStage(config, source, tokenizer, device, report)
-        if ranks.first:
-            run.create(description)
-            _report_data(run, config, source, report)
-    else:
-        parts = _first_parts(config, data, options.init, report)
-        stage = transformer_stage(config, parts, run, device)
-        if ranks.first:
-            run.create(description)
-            _save_start(run, config, parts)
+        fit_for(options, stage, data, ranks.device).require()
+    begun = _begin(options, stage, data, run, ranks.device, report)
+    if ranks.first:
+        root = options.image_root
+        run.create(
+            {
+                "verb": "train",
+                "stage": stage,
+                "data": data,
+                "image_root": None if root is None else str(root.expanduser().resolve()),
+                "init": list(options.init.models),
+                "logs": logs,
+                "config": config.model_dump(mode="json"),
+                "origins": options.resolved.origins,
+            }
+        )
+        if begun.parts is not None:
+            save_start(run, config, begun.parts)
+        if begun.source is not None:
+            _report_data(run, config, begun.source, report)
+        save_report(run, begun.reports)
     ranks.wait()
-    return fit(stage_name, stage, config, run, report, ranks, started)
+    result = fit(stage, begun.stage, config, run, report, ranks, started)
+    return replace(result, init=to_json(begun.reports))
+
+
+def try_out(options: TrainOptions, report: Report) -> Fit:
+    """Does everything up to the first step and leaves nothing behind: what the training needs, and whether it is there.
+
+    Where it is not there, nothing is built.
+
+    Raises: as `train`.
+    """
+    stage = _checked(options)
+    device, run, data = prepare_device(options.device), RunFolder(options.out), _lasting(options.data)
+    run.refuse_used()
+    plan_logs(options.logs)
+    found = fit_for(options, stage, data, device)
+    if found.fits:
+        begun = _begin(options, stage, data, run, device, report)
+        try:
+            Trainer(begun.stage, recipe(options.resolved.config, stage), run, report, Ranks(device=device))
+        finally:
+            begun.stage.close()
+        found = replace(found, init=tuple(to_json(begun.reports)))
+    return found
+
+
+def fit_for(options: TrainOptions, stage: str, data: str, device: torch.device) -> Fit:
+    """What each rank of a stage needs to be trained on those data."""
+    store = TokenStore.open(Path(data)) if stage == TRANSFORMER and (Path(data) / MANIFEST).is_file() else None
+
+    def needed(config: Config, layout: Layout) -> TrainingMemory:
+        model = config.model
+        known = list(ratios(model.scales)) if store is None else store.ratios
+        shapes = [schedule(model.scales, patchify=model.transformer.patchify, ratio=ratio) for ratio in known]
+        if store is not None:
+            shapes = [store.schedule(ratio) for ratio in known]
+        longest = max(shapes, key=lambda scales: scales.positions)
+        of = tokenizer_training_memory if stage == TOKENIZER else transformer_training_memory
+        memory = of(config, parameters(model), longest, layout)
+        assert memory is not None
+        return memory
+
+    config = options.resolved.config
+    kept = kept_latents(store) if store is not None else 0
+    if stage == TOKENIZER and device.type == "cpu":
+        kept = _kept_pictures(options, data)
+    layout = Layout(device, max(options.devices, place().count), options.strategy == "fsdp")
+    return fit_of(config, stage, layout, needed, options.out, data=kept)
+
+
+def _kept_pictures(options: TrainOptions, data: str) -> int:
+    """Bytes of the pictures that are kept when they have been read."""
+    config = options.resolved.config
+    training = config.training.tokenizer
+    assert training is not None
+    height, width = _square(config).pixels(config.model.tokenizer.patch_size)
+    count = len(picture_source(config, data, options.image_root))
+    return min(int(training.picture_cache * 2**30), 3 * height * width * count)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A stage before its first step.
+
+    Attributes:
+        parts: of a transformer's training.
+        source: of a tokenizer's.
+        reports: what became of the weights it begins with.
+    """
+
+    stage: Stage
+    parts: Parts | None
+    source: PictureSource | None
+    reports: list[PartReport]
+
+
+def _checked(options: TrainOptions) -> str:
+    """The stage, when the options fit together."""
+    stage = options.stage or stage_for(options.data)
+    if stage == SUBJECT:
+        raise UsageError("`bitgen train` does not learn subjects", "bitgen finetune-subject does")
+    recipe(options.resolved.config, stage)
+    if stage == TRANSFORMER and not options.init.models:
+        raise UsageError("stage transformer needs --init", "the model or run whose tokenizer made the store")
+    if stage == TRANSFORMER and options.image_root is not None:
+        raise UsageError("--image-root is for pictures", "a token store holds all that is learned from")
+    return stage
+
+
+def _lasting(data: str) -> str:
+    """The data by a name that does not hang on the current folder."""
+    return data if data.startswith(WORLD) else str(Path(data).expanduser().resolve())
+
+
+def _begin(
+    options: TrainOptions, stage: str, data: str, run: RunFolder, device: torch.device, report: Report
+) -> _Begun:
+    config = options.resolved.config
+    seed = recipe(config, stage).seed
+    if stage == TOKENIZER:
+        tokenizer, reports = first_tokenizer(config, options.init, seed, report)
+        source = picture_source(config, data, options.image_root)
+        announce(source, options.data, report)
+        return _Begun(TokenizerStage(config, source, tokenizer, device, report), None, source, reports)
+    parts, reports = first_parts(config, data, options.init, seed, report)
+    return _Begun(transformer_stage(config, parts, run, device), parts, None, reports)
 
 
 def fit(
@@ -240,16 +329,20 @@ def require_alone() -> None:
 
 def picture_source(config: Config, data: str, image_root: Path | None) -> PictureSource:
     """The pictures a tokenizer learns from; captions play no part."""
-    scales, training = config.model.scales, config.training.tokenizer
+    size = max(_square(config).pixels(config.model.tokenizer.patch_size))
+    return open_source(data, size, caption_key=NO_CAPTIONS, image_root=image_root)
+
+
+def _square(config: Config) -> Schedule:
+    """The scales of the largest square pictures a tokenizer learns from."""
+    model, training = config.model, config.training.tokenizer
     assert training is not None
-    square = budgeted(
-        scales,
-        patchify=config.model.transformer.patchify,
-        ratio=nearest_ratio(1.0, scales),
+    return budgeted(
+        model.scales,
+        patchify=model.transformer.patchify,
+        ratio=nearest_ratio(1.0, model.scales),
         budget=largest(training.resolutions),
     )
-    size = max(square.pixels(config.model.tokenizer.patch_size))
-    return open_source(data, size, caption_key=NO_CAPTIONS, image_root=image_root)
 
 
 def _report_data(run: RunFolder, config: Config, source: PictureSource, report: Report) -> None:
@@ -267,22 +360,6 @@ def _report_data(run: RunFolder, config: Config, source: PictureSource, report: 
     report.notice(told.summary())
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a transformer's training needs besides its recipe.
-
-    Attributes:
-        store: bits, captions, latents.
-        model: folder and tokenizer of the model the store was made with.
-        transformer, text_encoder: with the weights the run begins with.
-    """
-
-    store: TokenStore
-    model: Model
-    transformer: Transformer
-    text_encoder: TextEncoder
-
-
 def transformer_stage(config: Config, parts: Parts, run: RunFolder, device: torch.device) -> TransformerStage:
     """The stage that trains a transformer on a token store."""
     assert parts.model.tokenizer is not None
@@ -290,113 +367,6 @@ def transformer_stage(config: Config, parts: Parts, run: RunFolder, device: torc
     return TransformerStage(
         config, parts.store, parts.model.tokenizer, file, parts.transformer, parts.text_encoder, device
     )
-
-
-def open_store(data: str, model: Model) -> TokenStore:
-    """The token store in a folder, made with the tokenizer of that model.
-
-    Raises:
-        InputError: there is none, or it is broken.
-        UsageError: another tokenizer made it.
-    """
-    store = TokenStore.open(Path(data))
-    require_same_tokenizer(model, store.manifest.tokenizer, f"the token store {data}")
-    return store
-
-
-def text_encoder_for(config: Config, folder: Path | None, captions: list[str], seed: int) -> TextEncoder:
-    """The configured text encoder: fixed; or trained, from a model folder that has one, else new."""
-    length = config.model.transformer.text_length
-    text = config.model.text_encoder
-    if text.source != "new":
-        return load_text_encoder(text.source, length, torch.device("cpu"), torch.float32)
-    if folder is not None:
-        return load_text_encoder(str(folder / TEXT_FOLDER), length, torch.device("cpu"), torch.float32)
-    return new_text_encoder(text, captions, length, seed)
-
-
-def _first_tokenizer(config: Config, init: str | None) -> Tokenizer:
-    """A tokenizer with fresh weights, or with those of a model of the same geometry."""
-    tokenizer = Tokenizer(config.model.tokenizer)
-    tokenizer.autoencoder.initialise(torch.Generator().manual_seed(recipe(config, TOKENIZER).seed))
-    if init is not None:
-        folder = find_model(init)
-        _require_geometry(config, folder)
-        load_weights(tokenizer, folder / TOKENIZER_FILE)
-    return tokenizer
-
-
-def _first_parts(config: Config, data: str, init: str | None, report: Report) -> Parts:
-    """Store, tokenizer, and a transformer with fresh weights or with those of the model to begin with."""
-    if init is None:
-        raise UsageError("stage transformer needs --init", "the model or run whose tokenizer made the store")
-    folder = find_model(init)
-    _require_geometry(config, folder)
-    model = load_model(folder, parts=("tokenizer",))
-    _require_bits(config, model)
-    store = open_store(data, model)
-    seed = recipe(config, TRANSFORMER).seed
-    transformer = Transformer(config.model)
-    transformer.initialise(torch.Generator().manual_seed(seed))
-    known = folder if (folder / TRANSFORMER_FILE).is_file() else None
-    if known is not None and not _same_but_scales(model.config, config.model):
-        report.notice(f"the transformer of {folder} has another geometry; this run begins with fresh weights")
-        known = None
-    if known is not None:
-        _load_transformer(transformer, known / TRANSFORMER_FILE, model.config, config.model)
-    return Parts(store, model, transformer, text_encoder_for(config, known, store.texts, seed))
-
-
-def _same_but_scales(found: ModelConfig, wanted: ModelConfig) -> bool:
-    """Whether two models differ in nothing that a transformer's weights depend on but the rows of their scales."""
-    rows = {"scale_embeddings": wanted.transformer.scale_embeddings}
-    transformer = found.transformer.model_copy(update=rows)
-    own = (wanted.transformer, wanted.text_encoder, wanted.bits_per_position)
-    return (transformer, found.text_encoder, found.bits_per_position) == own
-
-
-def _load_transformer(transformer: Transformer, file: Path, found: ModelConfig, wanted: ModelConfig) -> None:
-    """Weights of a file for other scales: each scale takes the embedding of the file's scale nearest in size."""
-    with torch.device("meta"):
-        expected = Transformer(found).state_dict()
-    tensors = read_tensors(file, expected, torch.device("cpu"), None)
-    if found.scales != wanted.scales:
-        own, others = (
-            schedule(model.scales, patchify=model.transformer.patchify, ratio=nearest_ratio(1.0, model.scales)).counts
-            for model in (wanted, found)
-        )
-        rows = tensors["scale_embedding.weight"]
-        nearest = [min(range(len(others)), key=lambda k: abs(math.log(others[k] / count))) for count in own]
-        tensors["scale_embedding.weight"] = transformer.scale_embedding.weight.detach().clone()
-        tensors["scale_embedding.weight"][: len(own)] = rows[nearest].to(transformer.dtype)
-    transformer.load_state_dict(tensors)
-
-
-def _save_start(run: RunFolder, config: Config, parts: Parts) -> None:
-    """Copies what a resumed run needs: the tokenizer, and the vocabulary of a trained text encoder."""
-    save_model(
-        run.start,
-        config.model,
-        config.sampling,
-        tokenizer=parts.model.folder / TOKENIZER_FILE,
-        text_encoder=parts.text_encoder if config.model.text_encoder.source == "new" else None,
-    )
-
-
-def _require_geometry(config: Config, folder: Path) -> None:
-    """Raises UsageError when the tokenizer of a model folder has other weights than the configured one."""
-    found, wanted = read_model_config(folder)[0].tokenizer, config.model.tokenizer
-    if found.model_copy(update={"active_bits": wanted.active_bits}) != wanted:
-        raise UsageError(
-            f"the tokenizer of {folder} has another geometry than {config.name}",
-            "use the configuration it was made with",
-        )
-
-
-def _require_bits(config: Config, model: Model) -> None:
-    """Raises UsageError when the configured transformer is for numbers of bits that the tokenizer was not made for."""
-    for bits in config.model.tokenizer.bit_counts:
-        bits_in_use(model.config.tokenizer, bits)
 
 
 def stage_for(data: str) -> str:

@@ -95,7 +95,7 @@ def build_tokenizer(config: ModelConfig, files: list[str]) -> Tokenizer:
 def build_transformer(config: ModelConfig, files: list[str]) -> Transformer:
     transformer = Transformer(config)
     published = as_float32(load_file(ROOT / files[0]))
-    transformer.load_state_dict(infinity_weights.transformer_state(published, config, transformer.state_dict()))
+    transformer.load_state_dict(infinity_weights.transformer_state(published, transformer.state_dict()))
     return transformer.eval()
 
 

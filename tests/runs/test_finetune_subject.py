@@ -643,10 +643,10 @@ def test_what_a_user_can_get_wrong(model: Path, photos: Path) -> None:
 def test_a_doomed_run_is_refused_before_anything_is_made(
     model: Path, photos: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bitgen_cli.runs import finetune_subject as run
+    from bitgen_cli.runs import fitting
 
-    monkeypatch.setattr(run, "free_memory", lambda device: 300 * 2**20)
-    with pytest.raises(ResourceError, match="what needs less: --train token,lora"):
+    monkeypatch.setattr(fitting, "free_memory", lambda device: 300 * 2**20)
+    with pytest.raises(ResourceError, match=r"what needs less, but not little enough: .*--prior none: 5\d\d MB"):
         learn(model, photos)
     assert not Path("subject-v").exists()
     assert not home.exists()

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 
 from bitgen_cli.config import Config
 from bitgen_cli.engine.model_folder import load_model
-from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.engine.transformer_stage import TransformerStage
 from bitgen_cli.errors import ExitCode, InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.resume import resume
+from bitgen_cli.runs.start import Init
 from bitgen_cli.runs.tokenize import TokenizeOptions, tokenize
-from bitgen_cli.runs.train import TrainOptions, TrainResult, _load_transformer, train
+from bitgen_cli.runs.train import TrainOptions, TrainResult, train
 
 LOOP: dict[str, Any] = {
     "steps": 7,
@@ -116,7 +116,7 @@ def options_for(stage: str, world: World, out: Path, **changes: Any) -> TrainOpt
     if stage == "tokenizer":
         return TrainOptions(resolved(stage, **changes), None, "world:40", out, device="cpu")
     return TrainOptions(
-        resolved(stage, **changes), None, str(world.store), out, str(world.tokenizer_run), "cpu"
+        resolved(stage, **changes), None, str(world.store), out, Init((str(world.tokenizer_run),)), "cpu"
     )
 
 
@@ -169,29 +169,6 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(
     assert (result.loss, result.validation) == (resumed.loss, resumed.validation)
     picture = f"samples/step-{7:07d}.png"
     assert (straight / picture).read_bytes() == (halves / picture).read_bytes()
-
-
-def test_a_model_of_other_scales_lends_its_weights(world: World, tmp_path: Path) -> None:
-    """Each scale begins with the embedding of the scale nearest in size; all other weights are taken as they are."""
-    first = train(options_for("transformer", world, tmp_path / "first", steps=2, sample_every=0), Silent())
-    finer = {
-        **MODEL,
-        "transformer": {**MODEL["transformer"], "scale_embeddings": 6},
-        "scales": {"published": False, "custom": {"1.0": [[1, 1], [2, 2], [3, 3], [4, 4]]}},
-    }
-    config = Config.model_validate({"name": "finer", "model": finer})
-    found = load_model(first.model)
-    transformer = Transformer(config.model)
-    transformer.initialise(torch.Generator().manual_seed(1))
-    fresh = transformer.scale_embedding.weight.detach().clone()
-    _load_transformer(transformer, first.model / "transformer.safetensors", found.config, config.model)
-    assert found.transformer is not None
-    own, theirs = transformer.state_dict(), found.transformer.state_dict()
-    rows, known = own.pop("scale_embedding.weight"), theirs.pop("scale_embedding.weight")
-    # 1, 4, 9 and 16 positions, of 1, 4 and 16
-    assert torch.equal(rows[:4], known[[0, 1, 2, 2]])
-    assert torch.equal(rows[4:], fresh[4:])
-    assert all(torch.equal(own[name], theirs[name]) for name in theirs)
 
 
 def test_the_tokenizer_learns_and_leaves_a_model(tmp_path: Path) -> None:
@@ -278,7 +255,7 @@ def test_a_store_without_latents_trains_without_flips_alone(world: World, tmp_pa
     tokenize(source, Silent())
 
     def options(out: Path, **changes: Any) -> TrainOptions:
-        init = str(world.tokenizer_run)
+        init = Init((str(world.tokenizer_run),))
         return TrainOptions(resolved("transformer", steps=2, **changes), None, str(store), out, init, "cpu")
 
     with pytest.raises(UsageError, match=r"no latents.*flip_strength=0"):
@@ -302,7 +279,7 @@ def test_a_store_of_another_tokenizer_is_refused(world: World, tmp_path: Path) -
         TrainOptions(resolved("tokenizer", steps=1, seed=9), None, "world:20", other, device="cpu"), Silent()
     )
     options = TrainOptions(
-        resolved("transformer"), None, str(world.store), tmp_path / "run", str(other), "cpu"
+        resolved("transformer"), None, str(world.store), tmp_path / "run", Init((str(other),)), "cpu"
     )
     with pytest.raises(UsageError, match="another tokenizer"):
         train(options, Silent())
@@ -310,14 +287,14 @@ def test_a_store_of_another_tokenizer_is_refused(world: World, tmp_path: Path) -
 
 
 def test_the_transformer_needs_a_model_to_begin_with(world: World, tmp_path: Path) -> None:
-    options = TrainOptions(resolved("transformer"), None, str(world.store), tmp_path / "run", None, "cpu")
+    options = TrainOptions(resolved("transformer"), None, str(world.store), tmp_path / "run", device="cpu")
     with pytest.raises(UsageError, match="needs --init"):
         train(options, Silent())
 
 
 def test_scales_of_another_model_are_refused(world: World, tmp_path: Path) -> None:
     model = {**MODEL, "scales": {"published": False, "custom": {"1.0": [[1, 1], [3, 3], [4, 4]]}}}
-    init = str(world.tokenizer_run)
+    init = Init((str(world.tokenizer_run),))
     options = TrainOptions(
         resolved("transformer", model), None, str(world.store), tmp_path / "run", init, "cpu"
     )
@@ -328,7 +305,7 @@ def test_scales_of_another_model_are_refused(world: World, tmp_path: Path) -> No
 def test_a_run_begins_with_the_whole_model_it_is_given(world: World, tmp_path: Path) -> None:
     first = train(options_for("transformer", world, tmp_path / "first", steps=4), Silent())
     tiny = {"learning_rate": 1e-12}
-    init = str(tmp_path / "first")
+    init = Init((str(tmp_path / "first"),))
     again = resolved("transformer", steps=1, optimizer=tiny)
     second = train(TrainOptions(again, None, str(world.store), tmp_path / "second", init, "cpu"), Silent())
     assert second.validation == pytest.approx(first.validation, abs=1e-4)
@@ -373,7 +350,7 @@ def test_pictures_of_two_aspect_ratios_train_together(tmp_path: Path) -> None:
         None,
         str(tmp_path / "store"),
         tmp_path / "b",
-        str(tmp_path / "a"),
+        Init((str(tmp_path / "a"),)),
         "cpu",
     )
     assert train(transformer, Silent()).steps == 3
