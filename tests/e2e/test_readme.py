@@ -40,7 +40,7 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What the README takes for granted: photos with captions, COCO, tars, and a prompt file with the line it quotes."""
+    """What the README takes for granted: captioned photos, COCO, tars, a prompt file with the line it quotes."""
     (tmp_path / "photos").mkdir()
     for number in range(4):
         Image.new("RGB", (80, 60), (60 * number, 90, 120)).save(tmp_path / "photos" / f"{number}.jpg")
