@@ -14,6 +14,7 @@ from bitgen_cli.engine.archives import COMPRESSED
 from bitgen_cli.engine.data import SUFFIXES
 from bitgen_cli.engine.folders import NAMED, FileSource, Found, shown
 from bitgen_cli.engine.listings import METADATA, is_split
+from bitgen_cli.engine.store import MANIFEST
 from bitgen_cli.errors import InputError
 from bitgen_cli.files import explain
 
@@ -21,7 +22,6 @@ ARCHIVES = (".tar", ".parquet")
 LISTINGS = (".jsonl", ".csv", ".json")
 ANNOTATIONS = "annotations"
 """The folder COCO keeps its captions in."""
-STORE = "manifest.json"
 
 _PARQUET_SPLIT = re.compile(r"(.*?)-(\d{5,})-of-(\d{5,})\.parquet")
 _MOST = 1000
@@ -62,7 +62,7 @@ def top_level(folder: Path) -> TopLevel:
 
 def refuse_store(folder: Path) -> None:
     """Raises InputError for a folder that is a token store already."""
-    if (folder / STORE).is_file() and any(folder.glob("shard-*.safetensors")):
+    if (folder / MANIFEST).is_file() and any(folder.glob("shard-*.safetensors")):
         raise InputError(f"{folder} is a token store, not pictures", f"bitgen train --data {folder} learns from it")
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -37,11 +40,24 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What the README takes for granted: photos with captions, and a prompt file with the line it quotes."""
+    """What the README takes for granted: captioned photos, COCO, tars, a prompt file with the line it quotes."""
     (tmp_path / "photos").mkdir()
     for number in range(4):
         Image.new("RGB", (80, 60), (60 * number, 90, 120)).save(tmp_path / "photos" / f"{number}.jpg")
         (tmp_path / "photos" / f"{number}.txt").write_text(f"photo number {number}")
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    shutil.copytree(tmp_path / "photos", tmp_path / "coco" / "train2017")
+    images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(4)]
+    notes = [{"image_id": number % 4, "caption": f"caption {number}"} for number in range(8)]
+    listing = tmp_path / "coco" / "annotations" / "captions_train2017.json"
+    listing.write_text(json.dumps({"images": images, "annotations": notes}))
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        with tarfile.open(tmp_path / "shards" / f"{shard:05d}.tar", "w") as tar:
+            for number in (2 * shard, 2 * shard + 1):
+                (tmp_path / f"{number}.json").write_text(json.dumps({"caption": f"photo number {number}"}))
+                tar.add(tmp_path / "photos" / f"{number}.jpg", f"{number}.jpg")
+                tar.add(tmp_path / f"{number}.json", f"{number}.json")
     (quoted,) = re.findall(r"`(\{\"prompt\".*\})`", README.read_text())
     (tmp_path / "prompts.jsonl").write_text(quoted + "\n")
     return tmp_path
