@@ -379,7 +379,7 @@ def _draw(axes: Axes, panel: _Panel, *, of_scales: bool) -> None:
         steps, values, label = curve.series.steps, curve.series.values, _plain(curve.label)
         if curve.held_out:
             marker = "o" if len(values) <= _POINTS else ""
-            look = {"linestyle": "--", "linewidth": 1.2, "marker": marker, "markersize": 3.5}
+            look: dict[str, Any] = {"linestyle": "--", "linewidth": 1.2, "marker": marker, "markersize": 3.5}
             axes.plot(steps, values, color=curve.colour, label=label, **look)
         elif panel.noisy and len(values) >= _SMOOTHED:
             if len(panel.curves) <= MOST_BEHIND:
