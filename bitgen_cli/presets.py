@@ -244,10 +244,10 @@ class _Layers:
             key, equals, text = override.partition("=")
             if equals and key.strip():
                 given.setdefault(key.strip(), []).append(text)
+                self._add_text(key.strip(), text, "--set")
             else:
                 self._problems.append(f"--set {override}: must be KEY=VALUE, for example sampling.cfg=4")
         for key, texts in given.items():
-            self._add_text(key, texts[-1], "--set")
             if len(texts) > 1:
                 times = "twice" if len(texts) == 2 else f"{len(texts)} times"
                 values = ", ".join(show(text) for text in texts)

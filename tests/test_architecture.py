@@ -46,6 +46,9 @@ ENGINE_ORDER = {
 }
 """The walk of a picture through the engine: each module to the engine modules it may import."""
 
+EXTRAS = ("matplotlib", "tensorboard", "torch.utils.tensorboard", "wandb")
+"""What is installed on demand, and must be missed by nobody who does not ask for it."""
+
 HEAVY = ("torch", "transformers", "numpy", "PIL", "pydantic", "safetensors", "tokenizers")
 
 
@@ -145,6 +148,17 @@ def test_nothing_below_the_command_surface_prints(name: str) -> None:
     tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
     calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     assert "print" not in calls
+
+
+def test_extras_are_imported_only_where_they_are_asked_for() -> None:
+    for name, path in modules().items():
+        found = set()
+        for node in statements(ast.parse(path.read_text(encoding="utf-8")), bodies=False):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(str(node.module))
+        assert not [module for module in found if module.startswith(EXTRAS)], name
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["sample", "--help"], ["train", "--help"]])

@@ -152,7 +152,7 @@ def test_each_layer_wins_over_those_below(tmp_path: Path) -> None:
             config_file=file,
             environment=environment,
             flags={key: 4},
-            overrides=[f"{key}=5", f"{key}=6"],
+            overrides=[f"{key}=6"],
         )
     )
     for (origin, value), result in zip(layers, results, strict=True):

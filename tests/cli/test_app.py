@@ -393,6 +393,7 @@ def test_train_hands_everything_over(
         "--device",
         "cpu",
     ]
+    line += ["--log", "tensorboard", "--log", "wandb"]
     assert main([*line, "--config", "c.yaml", "--set", "a.b=1", "--set", "c=2", *more]) == 0
     assert asked == {
         "preset": "demo",
@@ -402,6 +403,7 @@ def test_train_hands_everything_over(
     }
     options = calls[0][0]
     assert (options.resolved, options.data, options.out) == ("resolved", str(tmp_path), Path("run"))
+    assert options.logs == ("tensorboard", "wandb")
     assert (options.stage, options.init, options.device) == (
         "tokenizer" if "--stage" in more else None,
         "m",
@@ -411,9 +413,9 @@ def test_train_hands_everything_over(
 
 def test_training_tells_what_it_reached(fake: Fake, capsys: Capture) -> None:
     calls = fake("resume", "resume", trained())
-    assert main(["resume", "run", "--steps", "3", "--device", "cpu"]) == 0
+    assert main(["resume", "run", "--steps", "3", "--device", "cpu", "--log", "wandb"]) == 0
     assert calls[0][0] == Path("run")
-    assert calls[0][-1] == {"steps": 3, "device": "cpu"}
+    assert calls[0][-1] == {"steps": 3, "device": "cpu", "logs": ("wandb",)}
     shown = capsys.readouterr().out
     assert "run/model" in shown
     assert "held-out loss          0.2500\n" in shown

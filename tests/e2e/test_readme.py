@@ -34,7 +34,8 @@ LESS_WORK = {
 def commands() -> list[str]:
     """The lines of the fenced blocks that begin with bitgen, without their comments."""
     blocks = re.findall(r"^```\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith("bitgen ")]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for line in lines if line.startswith("bitgen ")]
     return [re.sub(r"\s+# .*", "", line) for line in lines]
 
 
