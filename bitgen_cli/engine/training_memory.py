@@ -32,7 +32,7 @@ from bitgen_cli.engine.memory import (
     text_geometry,
 )
 from bitgen_cli.engine.parts import is_trained
-from bitgen_cli.engine.rehearsal import Rehearsed, infer, rehearse, without_contents
+from bitgen_cli.engine.rehearsal import Rehearsal, Rehearsed, infer, rehearsal, rehearse
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.tokenizer_stage import reconstruct
@@ -147,7 +147,7 @@ def tokenizer_training_memory(
         return None
     height, width = schedule.pixels(config.model.tokenizer.patch_size)
     scales = _merged(schedule)
-    with without_contents(place.device):
+    with rehearsal(place.device) as entered:
         tokenizer = Tokenizer(config.model.tokenizer)
 
         def loss() -> Tensor:
@@ -155,7 +155,7 @@ def tokenizer_training_memory(
             seen = reconstruct(tokenizer, image, scales, training.precision)
             return tokenizer_loss(image, *seen, training)[0]
 
-        found = _passes(tokenizer, loss, training, place)
+        found = _passes(entered, tokenizer, loss, training, place)
     return _memory(
         training,
         place,
@@ -183,7 +183,7 @@ def transformer_training_memory(
     known = counts.text_encoder or 0
 
     def of(depth: int) -> _Passes:
-        with without_contents(place.device):
+        with rehearsal(place.device) as entered:
             transformer = Transformer(_with_depth(config.model, depth))
             transformer.checkpoint_activations = training.checkpoint_activations
 
@@ -193,7 +193,7 @@ def transformer_training_memory(
                 logits = _forward(transformer, inputs, prompts, scales, training)
                 return bit_loss(logits, targets, scales, training)[0]
 
-            return _passes(transformer, loss, training, place, transformer.blocks)
+            return _passes(entered, transformer, loss, training, place, transformer.blocks)
 
     passes = _deep(of, geometry.depth)
     if learns_text and text is not None:
@@ -244,7 +244,7 @@ def subject_training_memory(
     to_text = bool(parts & {"token", "text", "all"})
 
     def of(depth: int) -> _Passes:
-        with without_contents(place.device):
+        with rehearsal(place.device) as entered:
             transformer = _taught(_with_depth(config.model, depth), training)
 
             def loss() -> Tensor:
@@ -254,7 +254,7 @@ def subject_training_memory(
                 return _subject_loss(logits, targets, scales, training)
 
             # looking at pictures without gradients holds less than drawing them
-            return _Passes(_step(transformer, loss, training, place, transformer.blocks), 0)
+            return _Passes(_step(entered, transformer, loss, training, place, transformer.blocks), 0)
 
     passes = _deep(of, geometry.depth)
     if to_text and text is not None:
@@ -327,17 +327,19 @@ def _memory(
 
 
 def _passes(
+    entered: Rehearsal,
     module: nn.Module,
     loss: Callable[[], Tensor],
     training: LoopConfig,
     place: Place,
     blocks: nn.ModuleList | None = None,
 ) -> _Passes:
-    looked = infer(module.eval(), loss)
-    return _Passes(_step(module, loss, training, place, blocks), looked)
+    looked = infer(entered, module.eval(), loss)
+    return _Passes(_step(entered, module, loss, training, place, blocks), looked)
 
 
 def _step(
+    entered: Rehearsal,
     module: nn.Module,
     loss: Callable[[], Tensor],
     training: LoopConfig,
@@ -346,7 +348,7 @@ def _step(
 ) -> Rehearsed:
     share = 1 / place.ranks if place.sharded else 1.0
     kept = _keeps_gradients(training, place)
-    return rehearse(module.train(), loss, blocks=blocks, gradients_kept=kept, gradient_share=share)
+    return rehearse(entered, module.train(), loss, blocks=blocks, gradients_kept=kept, gradient_share=share)
 
 
 def _keeps_gradients(training: LoopConfig, place: Place) -> bool:
@@ -381,10 +383,11 @@ def _taught(model: ModelConfig, training: SubjectTraining) -> Transformer:
     if "lora" in parts:
         lora.attach(transformer, training.lora_layers, training.lora_rank, training.lora_alpha, training.seed)
     transformer.checkpoint_activations = training.checkpoint_activations
-    for name, parameter in transformer.named_parameters():
-        learns = is_trained(f"transformer.{name}", parts)
-        parameter.data = parameter.data.to(torch.float32 if learns else DTYPES[training.precision])
-        parameter.requires_grad_(learns)
+    for prefix, module in transformer.named_modules(prefix="transformer"):
+        for name, parameter in module.named_parameters(recurse=False):
+            learns = is_trained(f"{prefix}.{name}", parts)
+            weight = parameter.detach().to(torch.float32 if learns else DTYPES[training.precision])
+            setattr(module, name, nn.Parameter(weight, requires_grad=learns))
     return transformer
 
 
