@@ -1,8 +1,9 @@
 """A training step on tensors without contents: what it would hold at its peak, nothing computed.
 
-Modules and losses are the real ones; torch's fake tensors have a shape, a type and a device but no memory. Every tensor
-that an operation makes is counted until the last reference to its storage goes, autograd's included, so autocast,
-recomputation and frozen layers need no rules here. Not seen is what kernels use inside, and what the allocator wastes.
+Modules and losses are the real ones. A tensor without contents has a shape, a type and a device, so that autocast,
+recomputation and frozen layers need no rules here; behind it stands one on torch's meta device, whose kernels know the
+shape of every result. Every tensor that an operation makes is counted until the last reference to its storage goes,
+autograd's included. Not seen is what kernels use inside, and what an allocator wastes.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+
+META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Peak:
         step: the most that they and the gradients hold at once.
     """
 
-    working: int
-    step: int
+    working: int = 0
+    step: int = 0
 
     def largest(self, other: Peak) -> Peak:
         """The larger of each."""
@@ -73,77 +75,162 @@ class Rehearsed:
 class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that are made while it is entered, as long as they live.
 
-    Args:
-        module: whose weights and buffers do not count, nor views of them.
-        gradient_share: part of each gradient that is kept here; less than 1 where other ranks keep the rest.
-
     Attributes:
-        peak: the most there was at once.
+        peak: the most there was at once since the beginning.
         since: the most since the last `mark`.
     """
 
-    def __init__(self, module: nn.Module | None = None, gradient_share: float = 1.0) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.share = gradient_share
-        self.working = 0
-        self.gradients = 0.0
-        self.peak = self.since = Peak(0, 0)
-        own = () if module is None else (*module.parameters(), *module.buffers())
-        self._known = {tensor.untyped_storage()._cdata: (0, True) for tensor in own}
+        self._known: dict[int, tuple[int, bool]] = {}
+        self.begin()
+
+    def begin(self, module: nn.Module | None = None, gradient_share: float = 1.0) -> None:
+        """Counts from nothing.
+
+        Args:
+            module: whose weights and buffers do not count, nor views of them.
+            gradient_share: part of each gradient that is kept here; less than 1 where other ranks keep the rest.
+        """
+        self._share = gradient_share
+        self._working, self._gradients = 0, 0.0
+        self.peak = self.since = Peak()
+        for key in self._known:
+            self._known[key] = 0, True
+        if module is not None:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._known.setdefault(_storage(tensor)._cdata, (0, True))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        found = self.compute(func, args, kwargs or {})
         for value in tree_leaves(found):
             if isinstance(value, Tensor):
-                self.note(value)
+                self._note(value)
         return found
 
-    def note(self, tensor: Tensor) -> None:
-        """Counts a tensor's storage, once."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._known:
-            self._known[key] = storage.nbytes(), False
-            self.working += storage.nbytes()
-            weakref.finalize(storage, self._forget, key)
-            self._look()
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an operation returns."""
+        return func(*args, **kwargs)
 
     def as_gradient(self, tensor: Tensor) -> None:
         """Counts a tensor among the gradients from now on."""
-        key = tensor.untyped_storage()._cdata
+        key = _storage(tensor)._cdata
         size, is_gradient = self._known.get(key, (0, True))
         if not is_gradient:
             self._known[key] = size, True
-            self.working -= size
-            self.gradients += size * self.share
+            self._working -= size
+            self._gradients += size * self._share
 
     def mark(self) -> None:
         """Begins `since` anew with what is there."""
-        self.since = Peak(0, 0)
+        self.since = Peak()
         self._look()
 
+    def _note(self, tensor: Tensor) -> None:
+        storage = _storage(tensor)
+        key = storage._cdata
+        if key not in self._known:
+            self._known[key] = storage.nbytes(), False
+            self._working += storage.nbytes()
+            weakref.finalize(storage, self._forget, key)
+            self._look()
+
     def _look(self) -> None:
-        now = Peak(self.working, self.working + round(self.gradients))
+        now = Peak(self._working, self._working + round(self._gradients))
         self.peak, self.since = self.peak.largest(now), self.since.largest(now)
 
     def _forget(self, key: int) -> None:
         size, is_gradient = self._known.pop(key)
         if is_gradient:
-            self.gradients -= size * self.share
+            self._gradients -= size * self._share
         else:
-            self.working -= size
+            self._working -= size
+
+
+class Empty(Tensor):
+    """A tensor without contents.
+
+    Attributes:
+        shape_of: the tensor on the meta device behind it.
+    """
+
+    shape_of: Tensor
+
+    @staticmethod
+    def __new__(cls, shape_of: Tensor, device: torch.device) -> Empty:
+        """A tensor of that shape which says that it is on that device."""
+        made: Empty = Tensor._make_wrapper_subclass(
+            cls,
+            shape_of.size(),
+            strides=shape_of.stride(),
+            storage_offset=shape_of.storage_offset(),
+            dtype=shape_of.dtype,
+            device=device,
+        )
+        made.shape_of = shape_of
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Refuses: only a rehearsal knows what to do."""
+        raise RuntimeError(f"{func} outside of a rehearsal")
+
+
+class Rehearsal(Watched):  # type: ignore[no-untyped-call]
+    """While it is entered, tensors have no contents, and are counted.
+
+    Args:
+        device: where they say they are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result's shape, by the kernels of the meta device."""
+        if func is torch.ops.aten.lift_fresh.default:
+            return args[0]  # numbers given in Python stay what they are
+        shapes, options = tree_map(_shape_of, args), tree_map(_shape_of, kwargs)
+        if any(argument.name == "device" for argument in func._schema.arguments):
+            options["device"] = META
+        found = func(*shapes, **options)
+        changed: dict[int, Tensor] = {}
+        if func._schema.is_mutable:
+            pairs = zip(tree_leaves((args, kwargs)), tree_leaves((shapes, options)), strict=False)
+            changed = {id(shape): given for given, shape in pairs if isinstance(given, Tensor)}
+
+        def outside(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return changed.get(id(value)) if id(value) in changed else Empty(value, self._device)
+
+        return tree_map(outside, found)
+
+
+def _shape_of(value: Any) -> Any:
+    """What stands behind a tensor, as the meta kernels take it."""
+    if isinstance(value, Empty):
+        return value.shape_of
+    return value.to(META) if isinstance(value, Tensor) else value
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return (tensor.shape_of if isinstance(tensor, Empty) else tensor).untyped_storage()
 
 
 @contextmanager
-def without_contents(device: torch.device) -> Iterator[None]:
+def rehearsal(device: torch.device) -> Iterator[Rehearsal]:
     """Makes every tensor of the block one without contents, on a device of that type.
 
     A device that this torch cannot stand in for is taken as a CPU.
     """
-    kind = device.type if device.type == "cuda" and torch.cuda.is_available() else "cpu"
+    known = device.type == "cuda" and torch.cuda.is_available()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.device(kind):
-            yield
+        with Rehearsal(device if known else torch.device("cpu")) as entered:
+            yield entered
     finally:
         _forget_kept()
 
@@ -158,6 +245,7 @@ def _forget_kept() -> None:
 
 
 def rehearse(
+    entered: Rehearsal,
     module: nn.Module,
     loss: Callable[[], Tensor],
     *,
@@ -165,48 +253,48 @@ def rehearse(
     gradients_kept: bool = False,
     gradient_share: float = 1.0,
 ) -> Rehearsed:
-    """What a micro-batch holds beside the weights; call it `without_contents`.
+    """What a micro-batch holds beside the weights.
 
     Args:
+        entered: in which the module was made.
         module: what is trained.
         loss: of a micro-batch; makes its inputs itself.
         blocks: alike and one after the other, through which most of the time goes; None: there are none such.
         gradients_kept: whether gradients of a micro-batch before are there already.
-        gradient_share: as in `Watched`.
+        gradient_share: as in `Watched.begin`.
     """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    entered.begin(module, gradient_share)
     risen: list[Peak] = []
-    with Watched(module, gradient_share) as watched:
 
-        def gradient_is_there(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            watched.as_gradient(parameter.grad)
+    def gradient_is_there(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        entered.as_gradient(parameter.grad)
 
-        def rises_no_more(_: Tensor) -> None:
-            risen.append(watched.peak)
+    def rises_no_more(_: Tensor) -> None:
+        risen.append(entered.peak)
 
-        def falls(_: Tensor) -> None:
-            watched.mark()
+    def falls(_: Tensor) -> None:
+        entered.mark()
 
-        for parameter in trained:
+    for parameter in module.parameters():
+        if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(gradient_is_there)  # type: ignore[no-untyped-call]
             if gradients_kept:
                 parameter.grad = torch.empty_like(parameter)
-                watched.as_gradient(parameter.grad)
-        if blocks is not None:
-            blocks[-1].register_forward_pre_hook(_on_gradient_of_input(rises_no_more))
-            blocks[0].register_forward_hook(_on_gradient_of_output(falls))
-        value = loss()
-        value.backward()  # type: ignore[no-untyped-call]
-        return Rehearsed(risen[0] if risen else watched.peak, watched.since)
+                entered.as_gradient(parameter.grad)
+    if blocks is not None:
+        blocks[-1].register_forward_pre_hook(_on_gradient_of_input(rises_no_more))
+        blocks[0].register_forward_hook(_on_gradient_of_output(falls))
+    loss().backward()  # type: ignore[no-untyped-call]
+    return Rehearsed(risen[0] if risen else entered.peak, entered.since)
 
 
-def infer(module: nn.Module, work: Callable[[], Any]) -> int:
-    """Bytes that a module without gradients holds beside its weights; call it `without_contents`."""
-    with torch.no_grad(), Watched(module) as watched:
+def infer(entered: Rehearsal, module: nn.Module, work: Callable[[], Any]) -> int:
+    """Bytes that a module without gradients holds beside its weights."""
+    entered.begin(module)
+    with torch.no_grad():
         work()
-        found: int = watched.peak.working
-    return found
+    return entered.peak.working
 
 
 def _on_gradient_of_input(do: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:

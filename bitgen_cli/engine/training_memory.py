@@ -33,7 +33,7 @@ from bitgen_cli.engine.memory import (
     text_geometry,
 )
 from bitgen_cli.engine.parts import is_trained
-from bitgen_cli.engine.rehearsal import Rehearsed, infer, rehearse, without_contents
+from bitgen_cli.engine.rehearsal import Rehearsal, Rehearsed, infer, rehearsal, rehearse
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.tokenizer_stage import forward_loss
@@ -151,7 +151,7 @@ def tokenizer_training_memory(
     scales = _merged(schedule)
     counted = config.model.tokenizer.bit_counts
     bits, judged = (counted if training.every_bit_count else counted[-1:]), bool(training.adversarial_weight)
-    with without_contents(layout.device):
+    with rehearsal(layout.device) as entered:
         discriminator = None
         if judged:
             discriminator = PatchDiscriminator(training.discriminator_channels, training.discriminator_layers)
@@ -163,7 +163,7 @@ def tokenizer_training_memory(
             seen = module(image, scales, bits, judged=judged and torch.is_grad_enabled())
             return forward_loss(image, seen, module, training, None, one_rank)[0]
 
-        found = _passes(module, loss, training, layout)
+        found = _passes(entered, module, loss, training, layout)
     return _memory(
         training,
         layout,
@@ -191,7 +191,7 @@ def transformer_training_memory(
     known = counts.text_encoder or 0
 
     def of(depth: int) -> _Passes:
-        with without_contents(layout.device):
+        with rehearsal(layout.device) as entered:
             transformer = Transformer(_with_depth(config.model, depth))
             transformer.checkpoint_activations = training.checkpoint_activations
 
@@ -201,7 +201,7 @@ def transformer_training_memory(
                 logits = _forward(transformer, inputs, prompts, scales, training)
                 return bit_loss(logits, targets, scales, training)[0]
 
-            return _passes(transformer, loss, training, layout, transformer.blocks)
+            return _passes(entered, transformer, loss, training, layout, transformer.blocks)
 
     passes = _deep(of, geometry.depth)
     if learns_text and text is not None:
@@ -252,7 +252,7 @@ def subject_training_memory(
     to_text = bool(parts & {"token", "text", "all"})
 
     def of(depth: int) -> _Passes:
-        with without_contents(layout.device):
+        with rehearsal(layout.device) as entered:
             transformer = _taught(_with_depth(config.model, depth), training)
 
             def loss() -> Tensor:
@@ -262,7 +262,7 @@ def subject_training_memory(
                 return _subject_loss(logits, targets, scales, training)
 
             # looking at pictures without gradients holds less than drawing them
-            return _Passes(_step(transformer, loss, training, layout, transformer.blocks), 0)
+            return _Passes(_step(entered, transformer, loss, training, layout, transformer.blocks), 0)
 
     passes = _deep(of, geometry.depth)
     if to_text and text is not None:
@@ -335,17 +335,19 @@ def _memory(
 
 
 def _passes(
+    entered: Rehearsal,
     module: nn.Module,
     loss: Callable[[], Tensor],
     training: LoopConfig,
     layout: Layout,
     blocks: nn.ModuleList | None = None,
 ) -> _Passes:
-    looked = infer(module.eval(), loss)
-    return _Passes(_step(module, loss, training, layout, blocks), looked)
+    looked = infer(entered, module.eval(), loss)
+    return _Passes(_step(entered, module, loss, training, layout, blocks), looked)
 
 
 def _step(
+    entered: Rehearsal,
     module: nn.Module,
     loss: Callable[[], Tensor],
     training: LoopConfig,
@@ -354,7 +356,7 @@ def _step(
 ) -> Rehearsed:
     share = 1 / layout.ranks if layout.sharded else 1.0
     kept = _keeps_gradients(training, layout)
-    return rehearse(module.train(), loss, blocks=blocks, gradients_kept=kept, gradient_share=share)
+    return rehearse(entered, module.train(), loss, blocks=blocks, gradients_kept=kept, gradient_share=share)
 
 
 def _keeps_gradients(training: LoopConfig, layout: Layout) -> bool:
@@ -389,10 +391,11 @@ def _taught(model: ModelConfig, training: SubjectTraining) -> Transformer:
     if "lora" in parts:
         lora.attach(transformer, training.lora_layers, training.lora_rank, training.lora_alpha, training.seed)
     transformer.checkpoint_activations = training.checkpoint_activations
-    for name, parameter in transformer.named_parameters():
-        learns = is_trained(f"transformer.{name}", parts)
-        parameter.data = parameter.data.to(torch.float32 if learns else DTYPES[training.precision])
-        parameter.requires_grad_(learns)
+    for prefix, module in transformer.named_modules(prefix="transformer"):
+        for name, parameter in module.named_parameters(recurse=False):
+            learns = is_trained(f"{prefix}.{name}", parts)
+            weight = parameter.detach().to(torch.float32 if learns else DTYPES[training.precision])
+            setattr(module, name, nn.Parameter(weight, requires_grad=learns))
     return transformer
 
 
