@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +16,12 @@ import typer
 
 from bitgen_cli import __version__
 from bitgen_cli.errors import BitgenError, ExitCode, Interrupted, UsageError
+from bitgen_cli.place import place
 
 TRACEBACK = "BITGEN_TRACEBACK"
 """Environment variable: set to 1, errors come with the place in the program they come from."""
+_AFTER_THE_FIRST = 4.0
+"""Seconds that other ranks keep an error to themselves."""
 
 
 class _Plain:
@@ -73,6 +77,18 @@ def _flag(names: str, help: str, panel: str | None = None) -> Any:
 
 Json = Annotated[bool, _flag("--json", "Print one JSON object.", _OUTPUT)]
 Device = Annotated[str, _option("DEVICE", "auto, cpu, cuda, cuda:N or mps.", _COMPUTING)]
+Devices = Annotated[
+    int | None,
+    _option("N", "Train in N processes of this machine, a GPU for each; torchrun works too.", _COMPUTING, least=1),
+]
+Strategy = Annotated[
+    str,
+    _option(
+        "STRATEGY",
+        "What several processes share: ddp the pictures, fsdp also weights, gradients and optimizer state.",
+        _COMPUTING,
+    ),
+]
 Dtype = Annotated[str, _option("DTYPE", "auto, fp32, bf16 or fp16.", _COMPUTING)]
 Model = Annotated[str, _option("MODEL", "A model folder, a run folder, or demo, the built-in model.")]
 Resolution = Annotated[str | None, _option("RESOLUTION", "Pixel budget: 0.06M, 0.25M, 0.60M or 1M.")]
@@ -246,7 +262,7 @@ def sample(
         dtype=dtype,
         overrides=tuple(overrides or ()),
     )
-    with console.ConsoleReport() as report:
+    with console.listening() as report:
         result = draw(options, report)
     if as_json:
         console.show_json(result.to_json())
@@ -301,7 +317,7 @@ def tokenize(
         dtype=dtype,
         workers=workers,
     )
-    with console.ConsoleReport() as report:
+    with console.listening() as report:
         result = encode(options, report)
     if as_json:
         console.show_json(result.to_json())
@@ -309,8 +325,18 @@ def tokenize(
         console.show_store(result)
 
 
+def _start_several(context: typer.Context, devices: int | None) -> None:
+    """Runs the same command in several processes, and ends as they end; returns where that is done or not asked for."""
+    if devices is None or devices == 1 or place().count > 1:
+        return
+    from bitgen_cli.runs.launch import launch
+
+    raise typer.Exit(launch(context.obj, devices))
+
+
 @app.command(cls=_Command)
 def train(
+    context: typer.Context,
     data: Annotated[
         str,
         _option("STORE", "A token store; for a tokenizer a folder of pictures or world:N."),
@@ -343,12 +369,16 @@ def train(
         _option("SEED", "Of everything random.", _CONFIGURING),
     ] = None,
     device: Device = "auto",
+    devices: Devices = None,
+    strategy: Strategy = "ddp",
     as_json: Json = False,
 ) -> None:
     """Train a tokenizer on pictures, or a transformer on a token store.
 
     Ctrl-C finishes the step and saves; `bitgen resume` continues.
     """
+    _start_several(context, devices)
+
     from bitgen_cli import console
     from bitgen_cli.presets import resolve
 
@@ -364,8 +394,10 @@ def train(
     from bitgen_cli.runs.train import TrainOptions
     from bitgen_cli.runs.train import train as start
 
-    options = TrainOptions(resolved=resolved, stage=stage, data=data, out=out, init=init, device=device)
-    with console.ConsoleReport() as report:
+    options = TrainOptions(
+        resolved=resolved, stage=stage, data=data, out=out, init=init, device=device, strategy=strategy
+    )
+    with console.listening() as report:
         result = start(options, report)
     if as_json:
         console.show_json(result.to_json())
@@ -433,7 +465,7 @@ def finetune_subject(
     if subject is not None and merge is not None and photos is None:
         from bitgen_cli.runs.finetune_subject import merge_subject
 
-        with console.ConsoleReport() as report:
+        with console.listening() as report:
             folder = merge_subject(subject, model, merge, report)
         console.show_json({"merged": str(folder)}) if as_json else print(folder)
         return
@@ -472,7 +504,7 @@ def finetune_subject(
         overwrite=overwrite,
         device=device,
     )
-    with console.ConsoleReport() as report:
+    with console.listening() as report:
         result = learn(options, report)
     if as_json:
         console.show_json(result.to_json())
@@ -532,7 +564,7 @@ def gen_priors(
         device=device,
         dtype=dtype,
     )
-    with console.ConsoleReport() as report:
+    with console.listening() as report:
         result = draw(options, report)
     if as_json:
         console.show_json(result.to_json())
@@ -542,21 +574,26 @@ def gen_priors(
 
 @app.command(cls=_Command)
 def resume(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
     steps: Annotated[
         int | None,
         _option("N", "Train N steps more than was planned.", least=1),
     ] = None,
     device: Device = "auto",
+    devices: Devices = None,
+    strategy: Strategy = "ddp",
     as_json: Json = False,
 ) -> None:
     """Continue a training from its last checkpoint, as if it had never stopped."""
+    _start_several(context, devices)
+
     from bitgen_cli import console
     from bitgen_cli.runs.finetune_subject import SubjectResult
     from bitgen_cli.runs.resume import resume as go_on
 
-    with console.ConsoleReport() as report:
-        result = go_on(run, report, steps=steps, device=device)
+    with console.listening() as report:
+        result = go_on(run, report, steps=steps, device=device, strategy=strategy)
     if as_json:
         console.show_json(result.to_json())
     elif isinstance(result, SubjectResult):
@@ -595,7 +632,7 @@ def inspect_config(
     options = InspectOptions(
         target=target or "", overrides=list(overrides or ()), schema=schema, config_file=config
     )
-    with console.ConsoleReport() as report:
+    with console.listening() as report:
         result = inspect(options, report)
     if as_json or schema:
         console.show_json(result.to_json())
@@ -609,6 +646,8 @@ def run(arguments: list[str]) -> int:
         # a terminal without UTF-8, or a file name that is none, must not end a command
         if stream.errors == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if place().rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first of several processes speaks for all
     try:
         code = _invoke(arguments)
         sys.stdout.flush()
@@ -638,7 +677,7 @@ def run(arguments: list[str]) -> int:
 def _invoke(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
-        with command.make_context("bitgen", arguments) as context:
+        with command.make_context("bitgen", arguments, obj=arguments) as context:
             command.invoke(context)
     except typer.Exit as end:
         return end.exit_code
@@ -654,6 +693,13 @@ def _usage_error(error: typer.TyperException) -> int:
 def _fail(message: str, code: int, kind: str = "error") -> int:
     from bitgen_cli import console
 
+    rank = place().rank
+    if rank:
+        if code == ExitCode.INTERRUPTED:
+            return int(code)
+        # what all ranks meet is told by the first; whoever started them ends the others meanwhile
+        time.sleep(_AFTER_THE_FIRST)
+        message = f"rank {rank}: {message}"
     if _wants_traceback():
         import traceback
 

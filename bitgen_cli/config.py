@@ -340,10 +340,12 @@ class LoopConfig(Section):
     """What every training stage has."""
 
     steps: PositiveInt = Field(description="optimizer steps")
-    batch_size: PositiveInt = Field(description="pictures per micro-batch")
+    batch_size: PositiveInt = Field(description="pictures per micro-batch, over all ranks together")
     accumulation: PositiveInt = Field(default=1, description="micro-batches per step")
     optimizer: OptimizerConfig
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="autocast of the forward pass")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="autocast of the forward pass; fp16 scales the loss so that nothing gets lost"
+    )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="0 keeps no averaged weights"
     )
@@ -357,6 +359,13 @@ class LoopConfig(Section):
     )
     save_every: PositiveInt = 500
     keep_last: PositiveInt = Field(default=2, description="checkpoints kept besides the best one")
+    keep_every: NonNegativeInt = Field(
+        default=0, description="keep the checkpoints of all steps that this divides as well; 0 keeps none"
+    )
+    divergence: NonNegativeFloat = Field(
+        default=2.0,
+        description="stop when the mean loss of 20 steps has risen above the first ones' by this times; 0 never does",
+    )
     export_precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="number type of the model folder the run leaves"
     )

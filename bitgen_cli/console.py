@@ -10,7 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -33,10 +33,13 @@ from rich.style import Style
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from bitgen_cli.place import place
+from bitgen_cli.report import Silent
+
 if TYPE_CHECKING:
     from PIL import Image
 
-    from bitgen_cli.report import Table, Task
+    from bitgen_cli.report import Report, Table, Task
     from bitgen_cli.runs.finetune_subject import SubjectResult
     from bitgen_cli.runs.gen_priors import PriorResult
     from bitgen_cli.runs.sample import SampleResult
@@ -56,6 +59,11 @@ _BAR_CELLS = 24
 _SPARKS = "▁▂▃▄▅▆▇█"
 _ACCURACY, _HELD_OUT = "bit_accuracy/", "val_bit_accuracy/"
 _APART = ("images_per_second", "seconds_left", "epoch")
+
+
+def listening() -> AbstractContextManager[Report]:
+    """A report on the terminal; of several processes that work together, the first alone speaks."""
+    return nullcontext(Silent()) if place().rank else ConsoleReport()
 
 
 class ConsoleReport:

@@ -73,22 +73,31 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old{PARTIAL}")
-            path.replace(old)
-            temporary.replace(path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.replace(path)
-        _sync_folder(path.parent)
+        finish_folder(temporary, path)
     except OSError as error:
         raise explain(error, path, "write") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def finish_folder(temporary: Path, path: Path) -> None:
+    """Fsyncs the files of a folder that is complete and renames it; an older one at `path` goes only then.
+
+    Raises:
+        OSError: as usual.
+    """
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+    if path.exists():
+        old = path.with_name(f".{path.name}.{os.getpid()}.old{PARTIAL}")
+        path.replace(old)
+        temporary.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.replace(path)
+    _sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -54,6 +54,8 @@ _bitgen() {
         'train --batch-size') words='' paths= ;;
         'train --seed') words='' paths= ;;
         'train --device') words='auto cpu cuda mps' paths= ;;
+        'train --devices') words='' paths= ;;
+        'train --strategy') words='ddp fsdp' paths= ;;
         'finetune-subject --class') words='' paths= ;;
         'finetune-subject --token') words='' paths= ;;
         'finetune-subject --name') words='' paths= ;;
@@ -84,6 +86,8 @@ _bitgen() {
         'gen-priors --set') words='' paths= ;;
         'resume --steps') words='' paths= ;;
         'resume --device') words='auto cpu cuda mps' paths= ;;
+        'resume --devices') words='' paths= ;;
+        'resume --strategy') words='ddp fsdp' paths= ;;
         'inspect-config --config') words='' paths=files ;;
         'inspect-config --set') words='' paths= ;;
         *)
@@ -91,10 +95,10 @@ _bitgen() {
                 '') words='sample tokenize train finetune-subject gen-priors resume inspect-config' options='--version --help -h' ;;
                 sample) words='' paths= options='--model --num-images -n --prompts --seed --cfg --cfg-layer --tau --top-k --top-p --greedy --negative-prompt --aspect --resolution --bits --subject --output -o --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --set --help -h' ;;
                 tokenize) words='' paths=folders options='--model --resolution --bits --latents --no-latents --reconstruct --json --batch-size --workers --device --dtype --help -h' ;;
-                train) words='' paths= options='--data --out --preset --stage --init --config --set --steps --batch-size --seed --device --json --help -h' ;;
+                train) words='' paths= options='--data --out --preset --stage --init --config --set --steps --batch-size --seed --device --devices --strategy --json --help -h' ;;
                 finetune-subject) words='' paths=folders options='--class --token --name --model --out --overwrite --merge --subject --train --prior --prior-weight --priors --flip --no-flip --resolution --preset --config --set --steps --seed --device --json --help -h' ;;
                 gen-priors) words='' paths= options='--class --count --model --template --seed --output -o --json --batch-size --device --dtype --set --help -h' ;;
-                resume) words='' paths=folders options='--steps --device --json --help -h' ;;
+                resume) words='' paths=folders options='--steps --device --devices --strategy --json --help -h' ;;
                 inspect-config) words='16bit 32bit 64bit demo infinity-2b infinity-8b layer16 layer24 layer32 layer40 layer48' paths=files options='--config --set --schema --json --help -h' ;;
             esac
             # options where one is begun, or where nothing else can stand

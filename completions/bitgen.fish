@@ -63,6 +63,8 @@ complete -c bitgen -n '__fish_seen_subcommand_from train' -l steps -r -f -d 'Opt
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l batch-size -r -f -d 'Pictures per micro-batch'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l seed -r -f -d 'Of everything random'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l device -r -f -a 'auto cpu cuda mps' -d 'auto, cpu, cuda, cuda:N or mps'
+complete -c bitgen -n '__fish_seen_subcommand_from train' -l devices -r -f -d 'Train in N processes of this machine, a GPU for each; torchrun works too'
+complete -c bitgen -n '__fish_seen_subcommand_from train' -l strategy -r -f -a 'ddp fsdp' -d 'What several processes share: ddp the pictures, fsdp also weights, gradients and optimizer state'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l json -d 'Print one JSON object'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l help -s h -d 'Show the help'
 
@@ -107,6 +109,8 @@ complete -c bitgen -n '__fish_seen_subcommand_from gen-priors' -l help -s h -d '
 complete -c bitgen -n '__fish_seen_subcommand_from resume' -f -a '(__fish_complete_directories)'
 complete -c bitgen -n '__fish_seen_subcommand_from resume' -l steps -r -f -d 'Train N steps more than was planned'
 complete -c bitgen -n '__fish_seen_subcommand_from resume' -l device -r -f -a 'auto cpu cuda mps' -d 'auto, cpu, cuda, cuda:N or mps'
+complete -c bitgen -n '__fish_seen_subcommand_from resume' -l devices -r -f -d 'Train in N processes of this machine, a GPU for each; torchrun works too'
+complete -c bitgen -n '__fish_seen_subcommand_from resume' -l strategy -r -f -a 'ddp fsdp' -d 'What several processes share: ddp the pictures, fsdp also weights, gradients and optimizer state'
 complete -c bitgen -n '__fish_seen_subcommand_from resume' -l json -d 'Print one JSON object'
 complete -c bitgen -n '__fish_seen_subcommand_from resume' -l help -s h -d 'Show the help'
 

@@ -74,21 +74,20 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(
-    reconstruction: Tensor,
-    adversarial: Tensor,
-    images: Sequence[Tensor],
+    of_reconstruction: Sequence[Tensor],
+    of_adversary: Sequence[Tensor],
     features: Sequence[Tensor],
     last: nn.Conv2d,
     mean_over_ranks: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """How much the adversarial loss has to weigh to move the decoder's last layer as much as the reconstruction does.
 
-    The gradients of the layer's weight are computed from those of its output, so that nothing but the output is asked
-    of autograd, and wrappers around the parameters see nothing of it.
+    The gradients of the layer's weight are computed from those of what it made, so that nothing around the weight
+    itself sees a backward pass.
 
     Args:
-        reconstruction, adversarial: losses (scalars) of the images; their graphs are kept.
-        images: each (B, 3, height, width), what the last layer made.
+        of_reconstruction, of_adversary: gradients of the two losses, each (B, 3, height, width), of images that the
+            last layer made.
         features: each (B, channels, height, width), what it made them of.
         last: the layer, 3x3 with padding 1.
         mean_over_ranks: of a tensor, the mean over the processes that share a batch.
@@ -97,12 +96,10 @@ def adaptive_weight(
         Scalar without gradient, 0 ... 1e4.
     """
     norms = []
-    for loss in (reconstruction, adversarial):
-        found = torch.autograd.grad(loss, list(images), retain_graph=True)
-        pairs = zip(features, found, strict=True)
+    for gradients in (of_reconstruction, of_adversary):
         parts = [
             conv2d_weight(seen.detach().float(), last.weight.shape, gradient.float(), padding=1)  # type: ignore[no-untyped-call]
-            for seen, gradient in pairs
+            for seen, gradient in zip(features, gradients, strict=True)
         ]
         norms.append(mean_over_ranks(torch.stack(parts).sum(0)).norm())
     ratio: Tensor = norms[0] / (norms[1] + LEAST_WEIGHT)

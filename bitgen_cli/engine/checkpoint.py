@@ -10,7 +10,8 @@
     model/                     the model folder the run leaves; subject.safetensors where it learns a subject
 
 A checkpoint is written under a temporary name and renamed when it is whole; its state.json lists its files
-and their sizes. What does not match that list is half written and never used.
+and their sizes. What does not match that list is half written and never used. Where several ranks hold parts of every
+tensor, each writes its own part (engine/sharded.py); any number of ranks can go on from it.
 """
 
 from __future__ import annotations
@@ -19,18 +20,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bitgen_cli.engine import sharded
+from bitgen_cli.engine.parallel import Ranks, fill
 from bitgen_cli.engine.tensors import save_tensors
-from bitgen_cli.errors import InputError, UsageError
-from bitgen_cli.files import PARTIAL, atomic_folder, atomic_path, explain, read_json, write_json
+from bitgen_cli.errors import InputError, ResourceError, UsageError
+from bitgen_cli.files import PARTIAL, atomic_folder, atomic_path, explain, finish_folder, read_json, write_json
 from bitgen_cli.report import Report
 
 FORMAT = 1
@@ -50,6 +54,65 @@ class Checkpoint:
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """What the tensors take on disk; of shared ones, what this rank holds."""
+        return sum(sharded.held_bytes(tensor) for part in self.tensors.values() for tensor in part.values())
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A whole checkpoint on disk; its tensors are read when they are asked for.
+
+    Attributes:
+        folder: where it is.
+        step: steps done.
+        state: plain values.
+        sharded: whether ranks wrote a part each.
+    """
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+    sharded: bool
+
+    def shapes(self, part: str) -> dict[str, torch.Size]:
+        """Names and shapes of a part's tensors; empty when the checkpoint does not have it.
+
+        Raises:
+            InputError: the files are damaged.
+        """
+        if self.sharded:
+            return sharded.shapes(self.folder, part)
+        if not (self.folder / f"{part}.safetensors").is_file():
+            return {}
+        with self._opened(part) as stored:
+            return {name: torch.Size(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+
+    def read(self, into: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Fills tensors, by part and name, of the shapes that `shapes` tells; shared ones get their rank's part.
+
+        Raises:
+            InputError: the files are damaged.
+        """
+        if self.sharded:
+            sharded.read(self.folder, into)
+            return
+        for part, tensors in into.items():
+            if tensors:
+                with self._opened(part) as stored:
+                    for name, tensor in tensors.items():
+                        fill(tensor, stored.get_tensor(name))
+
+    @contextmanager
+    def _opened(self, part: str) -> Iterator[Any]:
+        file = self.folder / f"{part}.safetensors"
+        try:
+            with safe_open(str(file), framework="pt") as stored:
+                yield stored
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is damaged: {error}") from error
 
 
 class RunFolder:
@@ -107,6 +170,12 @@ class RunFolder:
         if self.path.is_dir() and any(self.path.iterdir()):
             raise UsageError(f"{self.path} is not empty", "choose a new folder for the run")
 
+    def refuse_finished(self, steps: int) -> None:
+        """Raises UsageError when all that many steps are done, and everything that follows the last one too."""
+        done = max(self.steps(), default=0)
+        if done >= steps and self.state().get("finished"):
+            raise UsageError(f"{self.path} is finished: {done} of {steps} steps", "--steps N trains N more")
+
     def create(self, description: dict[str, Any]) -> None:
         """Makes the folder and writes config.json.
 
@@ -152,28 +221,53 @@ class RunFolder:
         found = (_STEP.match(folder.name) for folder in self._checkpoints.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
-    def save(self, checkpoint: Checkpoint, keep_last: int) -> Path:
+    def save(self, checkpoint: Checkpoint, keep_last: int, keep_every: int = 0) -> Path:
         """Writes a checkpoint whole or not at all, then removes the oldest beyond `keep_last`.
+
+        Args:
+            checkpoint: what is written.
+            keep_last: how many are kept.
+            keep_every: those of a step that this divides are kept besides; 0 is none.
 
         Returns:
             Its folder.
 
         Raises:
-            ResourceError: no space left; the older checkpoints are as they were.
+            ResourceError: not enough space; the older checkpoints are as they were.
             InputError: not allowed to write there.
         """
-        folder = self._folder(checkpoint.step)
+        self._require_space(checkpoint.bytes)
+        folder = self.checkpoint(checkpoint.step)
         with atomic_folder(folder) as temporary:
             for part, tensors in checkpoint.tensors.items():
                 save_tensors(tensors, temporary / f"{part}.safetensors")
-            sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-            write_json(
-                temporary / "state.json",
-                {"format": FORMAT, "step": checkpoint.step, "files": sizes, "state": checkpoint.state},
-            )
-        # only older ones: a damaged newer one must not push out what is whole
-        for step in [step for step in self.steps() if step <= checkpoint.step][:-keep_last]:
-            shutil.rmtree(self._folder(step), ignore_errors=True)
+            _mark_whole(temporary, checkpoint, shared=False)
+        self._prune(checkpoint.step, keep_last, keep_every)
+        return folder
+
+    def begin_shared(self, checkpoint: Checkpoint, ranks: Ranks) -> sharded.Writing:
+        """Begins to write a checkpoint of which each rank holds a part; `finish_shared` ends it.
+
+        All ranks must call this; training may go on meanwhile.
+
+        Raises:
+            ResourceError: not enough space; the older checkpoints are as they were.
+        """
+        if ranks.first:
+            self._require_space(checkpoint.bytes * ranks.count)
+            shutil.rmtree(self._unfinished(checkpoint.step), ignore_errors=True)
+        ranks.wait()
+        return sharded.begin(checkpoint.tensors, self._unfinished(checkpoint.step), ranks.writers)
+
+    def finish_shared(self, checkpoint: Checkpoint, keep_last: int, keep_every: int = 0) -> Path:
+        """Marks what all ranks have written as whole; for the first rank alone. Returns its folder."""
+        folder, unfinished = self.checkpoint(checkpoint.step), self._unfinished(checkpoint.step)
+        try:
+            _mark_whole(unfinished, checkpoint, shared=True)
+            finish_folder(unfinished, folder)
+        except OSError as error:
+            raise explain(error, folder, "write") from error
+        self._prune(checkpoint.step, keep_last, keep_every)
         return folder
 
     def save_best(self, folder: Path) -> None:
@@ -185,20 +279,24 @@ class RunFolder:
                 except OSError:
                     shutil.copyfile(file, temporary / file.name)
 
-    def load_last(self, report: Report) -> Checkpoint:
+    def load_last(self, report: Report, *, clean: bool = True) -> SavedCheckpoint:
         """The newest whole checkpoint; half-written newer ones are named in a notice and left out.
+
+        Args:
+            report: hears of what is left out.
+            clean: also remove what was never finished; of several ranks only one may.
 
         Raises:
             InputError: there is none: a run is never started afresh instead.
         """
-        for leftover in self._checkpoints.glob(f".*{PARTIAL}"):
+        for leftover in self._checkpoints.glob(f".*{PARTIAL}") if clean else ():
             report.notice(f"{leftover.name} was never finished; removed")
             shutil.rmtree(leftover, ignore_errors=True)
         for step in reversed(self.steps()):
             try:
-                return _load(self._folder(step))
+                return _open(self.checkpoint(step))
             except InputError as error:
-                report.warning(f"checkpoint {self._folder(step).name} is left out: {error.message}")
+                report.warning(f"checkpoint {self.checkpoint(step).name} is left out: {error.message}")
         raise InputError(
             f"{self.path} holds no whole checkpoint to continue from", "remove it and train again"
         )
@@ -236,11 +334,48 @@ class RunFolder:
         """Writes state.json."""
         write_json(self.path / "state.json", dict(state))
 
-    def _folder(self, step: int) -> Path:
+    def state(self) -> dict[str, Any]:
+        """What state.json says; empty before the first checkpoint.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        file = self.path / "state.json"
+        stored = read_json(file) if file.is_file() else {}
+        return stored if isinstance(stored, dict) else {}
+
+    def _prune(self, step: int, keep_last: int, keep_every: int) -> None:
+        # only older ones: a damaged newer one must not push out what is whole
+        older = [known for known in self.steps() if known <= step]
+        for known in older[:-keep_last]:
+            if not (keep_every and known % keep_every == 0):
+                shutil.rmtree(self.checkpoint(known), ignore_errors=True)
+
+    def _require_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self._checkpoints).free
+        if free < needed:
+            raise ResourceError(
+                f"a checkpoint of {needed / 1e9:.2f} GB does not fit into the {free / 1e9:.2f} GB that are free in "
+                f"{self.path}",
+                "free some space; the older checkpoints are as they were",
+            )
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint after that step."""
         return self._checkpoints / f"step-{step:07d}"
 
+    def _unfinished(self, step: int) -> Path:
+        return self._checkpoints / f".step-{step:07d}{PARTIAL}"
 
-def _load(folder: Path) -> Checkpoint:
+
+def _mark_whole(folder: Path, checkpoint: Checkpoint, *, shared: bool) -> None:
+    """Writes what makes a folder a checkpoint: the list of its files."""
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    marked = {"format": FORMAT, "step": checkpoint.step, "sharded": shared, "files": sizes, "state": checkpoint.state}
+    write_json(folder / "state.json", marked)
+
+
+def _open(folder: Path) -> SavedCheckpoint:
     """A whole checkpoint.
 
     Raises:
@@ -249,15 +384,14 @@ def _load(folder: Path) -> Checkpoint:
     stored = read_json(folder / "state.json")
     try:
         step, sizes, state = int(stored["step"]), dict(stored["files"]), dict(stored["state"])
+        found = SavedCheckpoint(folder, step, state, bool(stored.get("sharded", False)))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / 'state.json'} does not describe a checkpoint") from error
-    tensors = {}
     for name, size in sizes.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
             raise InputError(f"{file} is half written or missing")
-        try:
-            tensors[file.stem] = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is damaged: {error}") from error
-    return Checkpoint(step, tensors, state)
+    if not found.sharded:
+        for name in sizes:
+            found.shapes(Path(name).stem)  # reads the header of each
+    return found

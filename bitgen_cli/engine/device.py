@@ -54,6 +54,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A block whose matrix products and convolutions are computed in that number type; fp32 changes nothing."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether the device has bfloat16 arithmetic of its own."""
     if device.type == "cuda":

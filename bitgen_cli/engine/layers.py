@@ -252,12 +252,9 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) 
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), scale + 1).to(dtype)
 
 
-def drop_path(branch: Tensor, probability: float, training: bool) -> Tensor:
-    """Drops a whole residual branch per sample with that probability, scaling the rest to keep the mean."""
-    if not training or probability == 0:
-        return branch
-    kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= probability
-    return branch * kept / (1 - probability)
+def drop_path(branch: Tensor, kept: Tensor | None) -> Tensor:
+    """The residual branch (B, L, D) of each sample times its factor of `kept` (B,); unchanged when that is None."""
+    return branch if kept is None else branch * kept[:, None, None]
 
 
 class Block(nn.Module):
@@ -265,24 +262,41 @@ class Block(nn.Module):
 
     Args:
         width, heads, hidden: D, N and the feed-forward width.
-        drop: share of branches dropped in training.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, drop: float) -> None:
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
-        self.drop = drop
         self.modulation = nn.Parameter(torch.zeros(1, 1, 6, width))
         self.self_attention = SelfAttention(width, heads)
         self.cross_norm = nn.LayerNorm(width, eps=1e-6)
         self.cross_attention = CrossAttention(width, heads)
         self.ffn = FeedForward(width, hidden)
 
-    def forward(self, x: Tensor, modulation: Tensor, text: TextKV, rope: Rope, slices: Sequence[slice]) -> Tensor:
-        """Teacher-forced over all scales: x (B, L, D), modulation (B, 1, 6, D)."""
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor,
+        mask: Tensor | None,
+        rope: Rope,
+        slices: Sequence[slice],
+        kept: Tensor | None,
+    ) -> Tensor:
+        """Teacher-forced over all scales.
+
+        Args:
+            x: (B, L, D).
+            modulation: (B, 1, 6, D).
+            text: projected text features (B, T, D), and their mask.
+            rope, slices: of all scales.
+            kept: (3, B) factors of the three residual branches (drop path); None keeps all as they are.
+        """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = (self.modulation + modulation).unbind(2)
+        self_kept, cross_kept, ffn_kept = (None, None, None) if kept is None else kept.unbind()
         h = modulated_norm(x, scale1, shift1, self._dtype)
-        x = self._add(x, self.self_attention(h, rope, slices), gamma1)
-        return self._text_and_ffn(x, text, gamma2, scale2, shift2)
+        x = self._add(x, drop_path(self.self_attention(h, rope, slices), self_kept), gamma1)
+        text_kv = self.cross_attention.text_kv(text, mask)
+        return self._text_and_ffn(x, text_kv, gamma2, scale2, shift2, cross_kept, ffn_kept)
 
     def step(
         self, x: Tensor, modulation: Tensor, text: TextKV, rope: Rope, cache: KVCache, block: int, positions: slice
@@ -293,13 +307,22 @@ class Block(nn.Module):
         x = self._add(x, self.self_attention.step(h, rope, cache, block, positions), gamma1)
         return self._text_and_ffn(x, text, gamma2, scale2, shift2)
 
-    def _text_and_ffn(self, x: Tensor, text: TextKV, gamma: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    def _text_and_ffn(
+        self,
+        x: Tensor,
+        text: TextKV,
+        gamma: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        cross_kept: Tensor | None = None,
+        ffn_kept: Tensor | None = None,
+    ) -> Tensor:
         h = F.layer_norm(x, x.shape[-1:], self.cross_norm.weight.to(x.dtype), self.cross_norm.bias.to(x.dtype), 1e-6)
-        x = x + drop_path(self.cross_attention(h.to(self._dtype), text), self.drop, self.training)
-        return self._add(x, self.ffn(modulated_norm(x, scale, shift, self._dtype)), gamma)
+        x = x + drop_path(self.cross_attention(h.to(self._dtype), text), cross_kept)
+        return self._add(x, drop_path(self.ffn(modulated_norm(x, scale, shift, self._dtype)), ffn_kept), gamma)
 
     def _add(self, x: Tensor, branch: Tensor, gamma: Tensor) -> Tensor:
-        return torch.addcmul(x, drop_path(branch, self.drop, self.training).to(x.dtype), gamma.to(x.dtype))
+        return torch.addcmul(x, branch.to(x.dtype), gamma.to(x.dtype))
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -172,7 +172,7 @@ def reconstruction_loss(
     difference = image - reconstruction
     parts = {
         "l1": difference.abs().mean(),
-        "l2": difference.square().mean(),
+        "l2": (difference if config.l2_weight else difference.detach()).square().mean(),
         "structure": 1 - ssim(image, reconstruction).mean(),
     }
     loss = (

@@ -41,7 +41,7 @@ from bitgen_cli.files import read_json
 
 FP32, BF16 = 4, 2
 """Bytes per number."""
-BYTES = {"fp32": FP32, "bf16": BF16}
+BYTES = {"fp32": FP32, "bf16": BF16, "fp16": BF16}
 
 _ADAM = 8
 """Bytes AdamW keeps per trained parameter: two float32 averages."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bitgen_cli.config import ModelConfig, SamplingConfig
 from bitgen_cli.engine.infinity_weights import require_match
-from bitgen_cli.engine.tensors import save_tensors
+from bitgen_cli.engine.tensors import save_tensors, weights
 from bitgen_cli.engine.text import TextEncoder, load_text_encoder
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import Transformer
@@ -115,10 +115,10 @@ def save_model(
         if isinstance(tokenizer, Path):
             shutil.copyfile(tokenizer, temporary / TOKENIZER_FILE)
         else:
-            save_tensors(tokenizer.state_dict(), temporary / TOKENIZER_FILE, dtype)
+            save_tensors(weights(tokenizer), temporary / TOKENIZER_FILE, dtype)
         parts["tokenizer"] = fingerprint(temporary / TOKENIZER_FILE)
         if transformer is not None:
-            save_tensors(transformer.state_dict(), temporary / TRANSFORMER_FILE, dtype)
+            save_tensors(weights(transformer), temporary / TRANSFORMER_FILE, dtype)
             parts["transformer"] = fingerprint(temporary / TRANSFORMER_FILE)
         if text_encoder is not None:
             _save_text_encoder(text_encoder, temporary / TEXT_FOLDER, dtype)
@@ -235,9 +235,7 @@ def _fill(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtyp
 def _save_text_encoder(encoder: TextEncoder, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir()
     encoder.model.config.to_json_file(str(folder / "config.json"))
-    state = encoder.model.state_dict()
-    unique = {name: tensor for name, tensor in state.items() if name != "encoder.embed_tokens.weight"}
-    save_tensors(unique, folder / "model.safetensors", dtype, metadata={"format": "pt"})
+    save_tensors(weights(encoder.model), folder / "model.safetensors", dtype, metadata={"format": "pt"})
     encoder.vocabulary.save(str(folder / "tokenizer.json"))
 
 

@@ -73,6 +73,10 @@ class Pictures:
             if index not in self._kept and index not in self._coming:
                 self._coming[index] = self._pool.submit(_read_picture, index, self._size(index))
 
+    def name(self, index: int) -> str:
+        """The picture's own name."""
+        return self._source.key(index)
+
     def ratio(self, index: int) -> float:
         """The table's aspect ratio nearest to the picture's."""
         return ratios(self._config.model.scales)[0] if self._ratios is None else self._ratios[index]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitgen_cli.engine.draws import Draws
 from bitgen_cli.engine.pyramid import ChangeBits
 
 
@@ -16,7 +17,7 @@ def flip(bits: Tensor, mask: Tensor) -> Tensor:
     return bits ^ mask
 
 
-def flipper(strength: float, scales: int, generator: torch.Generator) -> ChangeBits:
+def flipper(strength: float, scales: int, draws: Draws) -> ChangeBits:
     """A change for pyramid.walk that flips bits at random.
 
     Once per scale and batch a probability is drawn from 0.00, 0.01, ... strength; each bit flips with it.
@@ -24,15 +25,15 @@ def flipper(strength: float, scales: int, generator: torch.Generator) -> ChangeB
     Args:
         strength: largest probability, [0, 1].
         scales: the first so many scales are changed.
-        generator: source of all randomness, on the CPU so that flips do not depend on the device.
+        draws: source of all randomness; the pictures are its rows.
     """
     choices = int(100 * strength + 1)
 
     def change(bits: Tensor, scale: int) -> Tensor:
         if scale >= scales:
             return bits
-        probability = torch.randint(0, choices, (), generator=generator).item() * 0.01
-        mask = torch.rand(bits.shape, generator=generator) < probability
+        probability = torch.randint(0, choices, (), generator=draws.shared).item() * 0.01
+        mask = draws.uniform(*bits.shape[1:]) < probability
         return flip(bits, mask.to(bits.device))
 
     return change

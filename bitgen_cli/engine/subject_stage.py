@@ -24,18 +24,22 @@ from bitgen_cli.config import Config, SubjectTraining
 from bitgen_cli.engine import lora, pyramid
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import save_grid
-from bitgen_cli.engine.device import DTYPES
+from bitgen_cli.engine.device import DTYPES, autocast
+from bitgen_cli.engine.draws import Draws
 from bitgen_cli.engine.losses import bit_loss, distillation_loss, position_weights
 from bitgen_cli.engine.model_folder import Model
+from bitgen_cli.engine.optimizer import Pace
+from bitgen_cli.engine.order import grouped
+from bitgen_cli.engine.parallel import Ranks
 from bitgen_cli.engine.parts import ADAPTER, is_trained
 from bitgen_cli.engine.sampling import Drawn, SamplingPlan, draw_bits, plan
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.self_correction import flipper
 from bitgen_cli.engine.subject import DELTA, PREFIX, ROW, START, Header, save_subject
 from bitgen_cli.engine.text import TextEncoder
-from bitgen_cli.engine.trainer import Pace, grouped
 from bitgen_cli.engine.transformer import TextFeatures, Transformer
 from bitgen_cli.engine.transformer_stage import as_positions, attention
+from bitgen_cli.errors import UsageError
 from bitgen_cli.files import write_text
 from bitgen_cli.report import Task
 
@@ -222,14 +226,19 @@ class SubjectStage:
     def ahead(self, indices: list[int]) -> None:
         """Nothing to do: all latents are there."""
 
-    def loss(
-        self, indices: list[int], generator: torch.Generator, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The photos' loss and the class's, of one micro-batch; all randomness comes from the generator."""
+    def share(self, ranks: Ranks) -> None:
+        raise UsageError("a subject is learned by one process", "leave out --devices and torchrun")
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """The captions of these photos."""
+        return [self._photos[index].captions[0] for index in indices]
+
+    def loss(self, indices: list[int], draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The photos' loss and the class's, of one micro-batch; all randomness comes from the draws."""
         photos = [self._photos[index] for index in indices]
-        captions = [_drawn_from(photo.captions, generator) for photo in photos]
-        taught = self._subject_batch(photos, captions, generator)
-        kept = self._class_batch(captions, generator) if self._has_prior and step >= self._start else None
+        captions = [_drawn_from(photo.captions, draws.shared) for photo in photos]
+        taught = self._subject_batch(photos, captions, draws)
+        kept = self._class_batch(captions, draws) if self._has_prior and step >= self._start else None
         together = kept is not None and kept.schedule == taught.schedule
         class_logits: Tensor | None = None
         with self._autocast():
@@ -252,18 +261,19 @@ class SubjectStage:
         return self.training.keeps_class
 
     def _subject_batch(
-        self, photos: Sequence[Lesson], captions: Sequence[str], generator: torch.Generator | None
+        self, photos: Sequence[Lesson], captions: Sequence[str], draws: Draws | None
     ) -> _Batch:
         scales = photos[0].schedule
         latents = torch.stack([photo.latent for photo in photos]).to(self.device).float()
         flips = None
-        if generator is not None and self.training.flip_strength > 0:
-            flips = flipper(self.training.flip_strength, self.training.flip_scales, generator)
+        if draws is not None and self.training.flip_strength > 0:
+            flips = flipper(self.training.flip_strength, self.training.flip_scales, draws)
         targets, inputs = as_positions(*pyramid.teacher_inputs(latents, scales, flips), scales)
         return _Batch(scales, targets, inputs, self._features(captions), None)
 
-    def _class_batch(self, captions: Sequence[str], generator: torch.Generator) -> _Batch:
+    def _class_batch(self, captions: Sequence[str], draws: Draws) -> _Batch:
         """A class sample for each photo's caption; now and then all without a caption of their own, or other things."""
+        generator = draws.shared
         chosen = [self._counterpart(caption, generator) for caption in captions]
         kind = float(torch.rand((), generator=generator))
         if kind < self.training.caption_dropout:
@@ -271,7 +281,7 @@ class SubjectStage:
         if self._others is not None and kind >= 1 - self.training.other_share:
             count = len(self._others.captions)
             return self._bits_batch(self._others, torch.randint(count, (len(chosen),), generator=generator).tolist())
-        return self._class_samples(chosen, generator)
+        return self._class_samples(chosen, draws)
 
     def _counterpart(self, caption: str, generator: torch.Generator) -> int:
         """A class sample of the same prompt but for the token; any, when there is none.
@@ -286,14 +296,14 @@ class SubjectStage:
     def _class_count(self) -> int:
         return len(self._priors) if self._distilled is None else len(self._distilled.captions)
 
-    def _class_samples(self, chosen: Sequence[int], generator: torch.Generator | None) -> _Batch:
+    def _class_samples(self, chosen: Sequence[int], draws: Draws | None) -> _Batch:
         """Class samples with their captions; only those that are learned from as photos are get flipped bits."""
         if self._distilled is not None:
             return self._bits_batch(self._distilled, chosen)
         lessons = [self._priors[index] for index in chosen]
         captions = [lesson.captions[0] for lesson in lessons]
         if self._margins is None:
-            return self._subject_batch(lessons, captions, generator)
+            return self._subject_batch(lessons, captions, draws)
         batch = self._subject_batch(lessons, captions, None)
         return replace(batch, margins=self._margins[list(chosen)].to(self.device))
 
@@ -359,8 +369,7 @@ class SubjectStage:
 
     def _encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Features by the encoder's own number type, or by mixed ones while it learns, wherever this is called from."""
-        mixed = self.text_is_trained and self.training.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+        with autocast(self.device, self.training.precision if self.text_is_trained else "fp32"):
             return self.module.text_encoder.encode(prompts)
 
     def _drop(self, text: TextFeatures, dropped: Sequence[bool]) -> TextFeatures:
@@ -370,7 +379,7 @@ class SubjectStage:
         return TextFeatures(torch.where(chosen, null, text.features), text.lengths)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.precision == "bf16")
+        return autocast(self.device, self.training.precision)
 
     # -- how far it is -------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def save_tensors(
@@ -38,6 +38,14 @@ def save_tensors(
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(file)) from error
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a module by name, those that occur under several names under the first; no module has buffers.
+
+    state_dict would hand out parts where a module is shared between ranks, even while it holds everything.
+    """
+    return dict(module.named_parameters())
 
 
 def stored_dtype(file: Path) -> torch.dtype:

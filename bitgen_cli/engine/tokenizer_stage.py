@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,18 +11,22 @@ from torch import Tensor
 
 from bitgen_cli.config import Config, TokenizerTraining
 from bitgen_cli.engine.active_bits import draw
-from bitgen_cli.engine.adversary import PatchDiscriminator, adaptive_weight, hinge_loss, least_side
+from bitgen_cli.engine.adversary import least_side
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import PictureSource, save_grid, to_float
 from bitgen_cli.engine.device import DTYPES
-from bitgen_cli.engine.losses import MeanOverRanks, one_rank, psnr, quantiser_loss, reconstruction_loss, ssim
+from bitgen_cli.engine.draws import Draws
+from bitgen_cli.engine.losses import MeanOverRanks, psnr, ssim
 from bitgen_cli.engine.model_folder import save_model
+from bitgen_cli.engine.optimizer import Pace
+from bitgen_cli.engine.order import chunks, grouped, split
+from bitgen_cli.engine.parallel import Ranks
 from bitgen_cli.engine.perceptual import LEAST_SIDE, perceptual_distance
 from bitgen_cli.engine.pictures import Pictures
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
-from bitgen_cli.engine.trained_tokenizer import Forward, Reconstruction, TrainedTokenizer
-from bitgen_cli.engine.trainer import Pace, chunks, grouped, split
+from bitgen_cli.engine.tokenizer_loss import TokenizerLoss, trained_module
+from bitgen_cli.engine.trained_tokenizer import Forward
 from bitgen_cli.errors import UsageError
 from bitgen_cli.report import Report
 
@@ -40,7 +44,6 @@ class TokenizerStage:
         tokenizer: what is trained.
         device: where it is computed.
         report: hears of pictures that cannot be read; each is replaced by the next readable one.
-        mean_over_ranks: of a tensor, the mean over the processes that share a batch.
 
     Raises:
         InputError: too many pictures cannot be read.
@@ -55,7 +58,6 @@ class TokenizerStage:
         tokenizer: Tokenizer,
         device: torch.device,
         report: Report,
-        mean_over_ranks: MeanOverRanks = one_rank,
     ) -> None:
         training = config.training.tokenizer
         assert training is not None
@@ -64,46 +66,45 @@ class TokenizerStage:
         self.device = device
         self.bit_counts = config.model.tokenizer.bit_counts
         _require_every_bit(config)
-        discriminator = None
-        self.paces: Mapping[str, Pace] = {}
-        if training.adversarial_weight:
-            discriminator = PatchDiscriminator(training.discriminator_channels, training.discriminator_layers)
-            discriminator.initialise(torch.Generator().manual_seed(training.seed))
-            self.paces = {"discriminator.": Pace(training.discriminator_pace, training.adversarial_start)}
-        self.module = TrainedTokenizer(tokenizer, discriminator, training.precision).to(device)
-        self._perceptual = perceptual_distance(device) if training.perceptual_weight else None
-        self._mean_over_ranks = mean_over_ranks
+        self.paces: Mapping[str, Pace] = {
+            "discriminator.": Pace(training.discriminator_pace, training.adversarial_start)
+        }
+        self.module = trained_module(config, tokenizer).to(device)
+        self._forward: Callable[..., Forward] = self.module
+        self._ranks = Ranks(device=device)
+        perceptual = perceptual_distance(device) if training.perceptual_weight else None
+        self._loss = TokenizerLoss(training, len(self.bit_counts) > 1, perceptual)
         self._pictures = Pictures(source, config, training, report)
         trained, held_out = split(len(source), training.validation_images, training.seed)
         self.groups = grouped(trained, self._pictures.ratio)
         self._validation = chunks(grouped(held_out, self._pictures.ratio), training.batch_size)
         self._require_size()
 
+    def share(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        late = bool(self.training.adversarial_weight) and self.training.adversarial_start > 0
+        self._forward = ranks.wrap(self.module, [], some_unused=late)
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        return [self._pictures.name(index) for index in indices]
+
     def ahead(self, indices: list[int]) -> None:
         self._pictures.ahead(indices)
 
-    def loss(
-        self, indices: list[int], generator: torch.Generator, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, indices: list[int], draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction, bits and adversary of one micro-batch.
 
-        The generator draws the number of bits and the pixel budget of the batch, and the scales that each picture is
-        decoded from; a picture's do not depend on its company.
+        Drawn are the number of bits and the pixel budget of the batch, and the scales that each picture is decoded
+        from.
         """
         training = self.training
-        bits = self.bit_counts if training.every_bit_count else (draw(self.bit_counts, generator),)
-        image, scales = self._images(indices, _drawn_budget(training, generator))
-        kept = kept_scales(indices, len(scales), training, generator)
+        bits = self.bit_counts if training.every_bit_count else (draw(self.bit_counts, draws.shared),)
+        image, scales = self._images(indices, _drawn_budget(training, draws))
+        kept = kept_scales(len(scales), training, draws)
         judged = bool(training.adversarial_weight) and step >= training.adversarial_start
-        found: Forward = self.module(
-            image, scales, bits, None if kept is None else kept.to(self.device), judged=judged
-        )
-        likeness, quantisation, measured = self._losses(image, found.reconstructions)
-        loss = likeness + quantisation
-        if judged:
-            adversarial, parts = self._adversarial(likeness, found)
-            loss, measured = loss + adversarial, measured | parts
-        return loss, measured
+        found = self._forward(image, scales, bits, None if kept is None else kept.to(self.device), judged=judged)
+        last = self.module.tokenizer.autoencoder.decoder.conv_out
+        return self._loss.whole(image, found, last, self._mean_over_ranks(draws.weight))
 
     def validate(self) -> dict[str, float]:
         """Means over the held-out pictures: val_loss, val_psnr (dB), val_ssim and val_bit_usage.
@@ -111,21 +112,22 @@ class TokenizerStage:
         Where there are several numbers of bits, val_loss is their mean without the adversary, and the others are
         measured with each, as val_psnr_16_bits and so on.
         """
-        sums: dict[str, float] = {}
-        for indices in self._validation:
+        weights = iter([self._ranks.share(len(whole)).weight for whole in self._validation])
+
+        def measure(indices: list[int]) -> dict[str, Tensor]:
             image, scales = self._images(indices)
-            found = self.module(image, scales, self.bit_counts).reconstructions
-            likeness, quantisation, parts = self._losses(image, found)
+            found = self._forward(image, scales, self.bit_counts).reconstructions
+            mean = self._mean_over_ranks(next(weights))
+            likeness, quantisation, parts = self._loss.of_tokenizer(image, found, mean)
             measured = {"val_loss": likeness + quantisation}
             for reconstruction in found:
-                shown, suffix = reconstruction.image.clamp(-1, 1), self._suffix(reconstruction)
+                shown, suffix = reconstruction.image.clamp(-1, 1), self._loss.suffix(reconstruction)
                 measured[f"val_psnr{suffix}"] = psnr(image, shown).mean()
                 measured[f"val_ssim{suffix}"] = ssim(image, shown).mean()
                 measured[f"val_bit_usage{suffix}"] = parts[f"bit_usage{suffix}"]
-            for name, value in measured.items():
-                sums[name] = sums.get(name, 0.0) + value.item() * len(indices)
-        count = sum(len(indices) for indices in self._validation)
-        return {name: value / count for name, value in sums.items()}
+            return measured
+
+        return self._ranks.mean_over(self._validation, measure)
 
     def draw_samples(self, file: Path) -> None:
         """Originals above their reconstructions, with ever more bits; held-out pictures where there are some."""
@@ -143,49 +145,9 @@ class TokenizerStage:
     def close(self) -> None:
         self._pictures.close()
 
-    def _losses(
-        self, image: Tensor, found: Sequence[Reconstruction]
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Losses of the reconstructions and of the bits, means over the numbers of bits, and their parts."""
-        likeness, quantisation = [], []
-        measured: dict[str, Tensor] = {}
-        for reconstruction in found:
-            unlike, looks = reconstruction_loss(image, reconstruction.image, self.training, self._perceptual)
-            unfit, uses = quantiser_loss(
-                reconstruction.latent, reconstruction.total, self.training, self._mean_over_ranks
-            )
-            likeness.append(unlike)
-            quantisation.append(unfit)
-            suffix = self._suffix(reconstruction)
-            measured |= {f"{name}{suffix}": value for name, value in (looks | uses).items()}
-        return torch.stack(likeness).mean(), torch.stack(quantisation).mean(), measured
-
-    def _adversarial(self, likeness: Tensor, found: Forward) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the decoder loses to the discriminator and what that loses itself, and their parts."""
-        assert found.real is not None
-        fooling, seeing = [], []
-        for reconstruction in found.reconstructions:
-            assert reconstruction.fooling is not None
-            assert reconstruction.fake is not None
-            fooling.append(-reconstruction.fooling.mean())
-            seeing.append(hinge_loss(found.real, reconstruction.fake))
-        generator, discriminator = torch.stack(fooling).mean(), torch.stack(seeing).mean()
-        weight = torch.full((), self.training.adversarial_weight, device=generator.device)
-        if self.training.adversarial_adaptive:
-            weight = weight * adaptive_weight(
-                likeness,
-                generator,
-                [reconstruction.image for reconstruction in found.reconstructions],
-                [reconstruction.features for reconstruction in found.reconstructions],
-                self.module.tokenizer.autoencoder.decoder.conv_out,
-                self._mean_over_ranks,
-            )
-        parts = {"generator": generator, "discriminator": discriminator, "adversarial_weight": weight}
-        return weight * generator + discriminator, {name: part.detach() for name, part in parts.items()}
-
-    def _suffix(self, reconstruction: Reconstruction) -> str:
-        """Behind the names of what is measured with some number of bits, where there are several."""
-        return f"_{reconstruction.latent.shape[1]}_bits" if len(self.bit_counts) > 1 else ""
+    def _mean_over_ranks(self, weight: float) -> MeanOverRanks:
+        """The mean over the ranks of what each measures on its part of a batch, which weighs so much here."""
+        return lambda mean: self._ranks.mean(mean * weight)
 
     def _images(self, indices: list[int], budget: str | int | None = None) -> tuple[Tensor, Schedule]:
         """Pictures of one aspect ratio, (B, 3, height, width) in [-1, 1], and their schedule.
@@ -219,34 +181,27 @@ class TokenizerStage:
                     )
 
 
-def kept_scales(
-    indices: Sequence[int], scales: int, training: TokenizerTraining, generator: torch.Generator
-) -> Tensor | None:
-    """How many scales of each picture the decoder sees, (B,); None where no recipe leaves any out.
+def kept_scales(scales: int, training: TokenizerTraining, draws: Draws) -> Tensor | None:
+    """How many scales of each picture the decoder sees, (B,); None where the recipe leaves none out.
 
     Args:
-        indices: of the pictures: what is drawn for one depends on it and the generator, not on the others.
         scales: there are.
         training: its scale_dropout and scale_dropout_keep.
-        generator: draws once.
+        draws: of the pictures.
     """
     if not training.scale_dropout:
         return None
-    seed = int(torch.randint(2**62, (), generator=generator))
-    kept = []
-    for index in indices:
-        own = torch.Generator().manual_seed(seed + index)
-        dropped = float(torch.rand((), generator=own)) < training.scale_dropout
-        least = min(training.scale_dropout_keep, scales)
-        kept.append(int(torch.randint(least, scales, (), generator=own)) if dropped and least < scales else scales)
-    return torch.tensor(kept)
+    least = min(training.scale_dropout_keep, scales)
+    drawn, which = draws.uniform(2).unbind(1)
+    fewer = least + (which * (scales - least)).long()
+    return torch.where(drawn < training.scale_dropout, fewer, scales)
 
 
-def _drawn_budget(training: TokenizerTraining, generator: torch.Generator) -> str | int | None:
+def _drawn_budget(training: TokenizerTraining, draws: Draws) -> str | int | None:
     """One of the recipe's pixel budgets, each as likely."""
     if training.resolutions is None:
         return None
-    return training.resolutions[int(torch.randint(len(training.resolutions), (), generator=generator))]
+    return training.resolutions[int(torch.randint(len(training.resolutions), (), generator=draws.shared))]
 
 
 def _require_every_bit(config: Config) -> None:

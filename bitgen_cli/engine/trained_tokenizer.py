@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bitgen_cli.engine import pyramid
 from bitgen_cli.engine.active_bits import active, widened
 from bitgen_cli.engine.adversary import PatchDiscriminator
+from bitgen_cli.engine.device import autocast
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
 
@@ -23,7 +24,8 @@ class Reconstruction(NamedTuple):
         latent: (B, d, H, W) float32 before quantisation.
         total: (B, d, H, W) its quantised sum over all scales, without gradient.
         fake: (B, 1, h, w) what the discriminator learns from: its verdict, without gradient for the image.
-        fooling: (B, 1, h, w) what the decoder learns from: the same without gradient for the discriminator.
+        fooling: what the decoder loses by that verdict (scalar), without gradient for the discriminator.
+        fooling_gradient: (B, 3, height, width) gradient of `fooling` for the image.
     """
 
     image: Tensor
@@ -32,6 +34,7 @@ class Reconstruction(NamedTuple):
     total: Tensor
     fake: Tensor | None
     fooling: Tensor | None
+    fooling_gradient: Tensor | None
 
 
 class Forward(NamedTuple):
@@ -52,14 +55,14 @@ class TrainedTokenizer(nn.Module):
     Args:
         tokenizer: autoencoder and quantiser.
         discriminator: its adversary; None where there is none.
-        precision: `fp32` or `bf16`, the number type of the convolutions.
+        precision: `fp32`, `bf16` or `fp16`, the number type of the convolutions.
     """
 
     def __init__(self, tokenizer: Tokenizer, discriminator: PatchDiscriminator | None, precision: str) -> None:
         super().__init__()
         self.tokenizer = tokenizer.requires_grad_(True)
         self.discriminator = discriminator
-        self._bf16 = precision == "bf16"
+        self._precision = precision
 
     def forward(
         self,
@@ -81,7 +84,7 @@ class TrainedTokenizer(nn.Module):
             kept: (B,) how many scales of each picture the decoder sees; None is all.
             judged: whether the discriminator is asked.
         """
-        with torch.autocast(image.device.type, torch.bfloat16, enabled=self._bf16):
+        with autocast(image.device, self._precision):
             whole = self.tokenizer.autoencoder.encode(image).float()
             found = [self._reconstruct(whole, schedule, count, kept, judged) for count in bits]
             real = self.discriminator(image).float() if judged and self.discriminator is not None else None
@@ -100,8 +103,11 @@ class TrainedTokenizer(nn.Module):
         decoder = self.tokenizer.autoencoder.decoder
         features = decoder.features(widened(straight, whole.shape[1]))
         image = decoder.conv_out(features).float()
-        fake = fooling = None
+        fake = fooling = gradient = None
         if judged and self.discriminator is not None:
             fake = self.discriminator(image.detach()).float()
-            fooling = self.discriminator.unmoved(image).float()
-        return Reconstruction(image, features, latent, totals[-1], fake, fooling)
+            fooling = -self.discriminator.unmoved(image).float().mean()
+            if image.requires_grad:
+                # here, and not from outside: what wraps this module may put something between image and loss
+                (gradient,) = torch.autograd.grad(fooling, image, retain_graph=True)
+        return Reconstruction(image, features, latent, totals[-1], fake, fooling, gradient)

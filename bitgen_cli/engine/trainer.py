@@ -1,8 +1,9 @@
-"""The training loop: order of pictures, optimizer, averages, measurements, checkpoints; a stage is trained.
+"""The training loop: optimizer, averages, measurements, checkpoints; a stage is trained.
 
 A step is a pure function of the state and the step's number: the order of pictures comes from (seed, epoch),
 every other random number from (seed, step, micro-batch). A resumed run therefore equals an uninterrupted one
-bit for bit on the CPU, without saving the state of any generator.
+bit for bit on the CPU, without saving the state of any generator. How many ranks share a micro-batch changes nothing
+but the last digits.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -20,36 +22,29 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bitgen_cli.config import LoopConfig, OptimizerConfig
-from bitgen_cli.engine.checkpoint import Checkpoint, RunFolder
+from bitgen_cli.config import LoopConfig
+from bitgen_cli.engine.checkpoint import Checkpoint, RunFolder, SavedCheckpoint
+from bitgen_cli.engine.draws import Draws, mix
+from bitgen_cli.engine.optimizer import LossScale, Pace, learning_rate, parameter_groups
+from bitgen_cli.engine.order import batches
+from bitgen_cli.engine.parallel import Ranks, local
 from bitgen_cli.errors import DivergedError, InputError, Interrupted
+from bitgen_cli.files import write_json
 from bitgen_cli.report import Report
-
-NO_DECAY = ("null_text", "start", "scale_embedding.weight", "modulation", "log_scale", "text_pool.query")
-"""Ends of the names of parameters without weight decay, besides biases and vectors.
-
-`modulation` is the table of each block; the layers' weights are called `modulation.weight` and decay.
-Source: INFINITY_FORMAT section 6, Recipe.
-"""
 
 LOOK_AHEAD = 8
 """Micro-batches whose pictures are asked for in advance."""
+WATCHED = 20
+"""Steps whose mean loss tells whether a training diverges."""
+NAMED = 3
+"""Pictures of a bad batch that the message names; diverged.json has them all."""
+DIVERGED = "diverged.json"
 
-_ORDER, _STEP, _LAYERS = range(3)
-"""What a seed is for: the order of pictures, a stage's own draws in a step, its layers' draws (drop path)."""
+_STEP, _LAYERS = 1, 2
+"""What a seed is for: a stage's own draws in a step, its layers' draws."""
 
-
-@dataclass(frozen=True)
-class Pace:
-    """How fast a parameter learns, and from when.
-
-    Attributes:
-        rate: what the learning rate is multiplied with.
-        start: the first step it learns in; its warm-up begins there.
-    """
-
-    rate: float = 1.0
-    start: int = 0
+_TOGETHER = 0.5
+"""Seconds within which several signals count as one: a shell and a launcher may both send theirs."""
 
 
 class Stage(Protocol):
@@ -67,22 +62,33 @@ class Stage(Protocol):
     def module(self) -> nn.Module:
         """Holds everything with weights; parameters that do not require gradients stay as they are."""
 
+    def share(self, ranks: Ranks) -> None:
+        """Lets several ranks train the module together; called before anything else.
+
+        Raises:
+            UsageError: this stage cannot be shared so.
+        """
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """What people call these pictures: their files."""
+
     def ahead(self, indices: list[int]) -> None:
         """Learns which pictures will be asked for soon, so that they can be read beforehand."""
 
-    def loss(
-        self, indices: list[int], generator: torch.Generator, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one micro-batch and detached measurements; all randomness from the generator."""
+    def loss(self, indices: list[int], draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of this rank's part of a micro-batch and detached measurements; all randomness from `draws`."""
 
     def validate(self) -> dict[str, float]:
         """Measurements on held-out pictures, `val_loss` among them; empty without such pictures."""
 
     def draw_samples(self, file: Path) -> None:
-        """Writes a picture grid that shows how far the training is."""
+        """Writes a picture grid that shows how far the training is; the first rank alone is asked to."""
 
     def export(self, run: RunFolder, *, best: bool) -> None:
-        """Writes what the run is for into its folder: a model, a subject; `best` when it is the best so far."""
+        """Writes what the run is for into its folder: a model, a subject; `best` when it is the best so far.
+
+        The first rank alone is asked to.
+        """
 
     def close(self) -> None:
         """Ends what works in the background."""
@@ -90,104 +96,57 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training is; saved with every checkpoint."""
+    """Where a training is; saved with every checkpoint.
+
+    Attributes:
+        step: steps done.
+        best: lowest validation loss so far, and best_step the step it was measured after.
+        losses: of the last WATCHED steps.
+        first_loss: mean of the first WATCHED ones; None until there are as many.
+        scale: of the loss.
+    """
 
     step: int = 0
     best: float = math.inf
+    best_step: int = 0
+    losses: tuple[float, ...] = ()
+    first_loss: float | None = None
+    scale: LossScale = field(default_factory=LossScale)
 
+    def to_json(self) -> dict[str, Any]:
+        """All but the step as plain JSON values."""
+        values = asdict(self) | {"best": None if math.isinf(self.best) else self.best}
+        del values["step"]
+        return values
 
-def learning_rate(step: int, total: int, config: OptimizerConfig, start: int = 0) -> float:
-    """The rate of a step: linear warm-up, then constant, or cosine to final_learning_rate x the peak.
+    @staticmethod
+    def from_json(step: int, values: Mapping[str, Any]) -> Progress:
+        """The inverse of `to_json`.
 
-    Args:
-        step: 0 ... total - 1.
-        total: steps of the training.
-        config: peak, warm-up and schedule.
-        start: the step that the warm-up begins at; before it the rate is 0.
-    """
-    if step < start:
-        return 0.0
-    warmed = min(1.0, (step - start + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    if config.schedule == "constant":
-        return config.learning_rate * warmed
-    share = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
-    floor = config.final_learning_rate
-    fallen = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, share))))
-    return config.learning_rate * min(warmed, fallen)
+        Raises:
+            KeyError, TypeError: something is missing.
+        """
+        best = values["best"]
+        return Progress(
+            step,
+            math.inf if best is None else float(best),
+            values["best_step"],
+            tuple(values["losses"]),
+            values["first_loss"],
+            LossScale(**values["scale"]),
+        )
 
+    def watch(self, loss: float) -> Progress:
+        """With the loss of one more step."""
+        losses = (*self.losses, loss)[-WATCHED:]
+        first = sum(losses) / WATCHED if self.first_loss is None and len(losses) == WATCHED else self.first_loss
+        return replace(self, losses=losses, first_loss=first)
 
-def batches(groups: list[list[int]], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """One epoch's batches, each of one group, in an order that (seed, epoch) decides.
-
-    What is left of a group after its last whole batch waits for another epoch, unless it is all there is.
-    """
-    generator = torch.Generator().manual_seed(_mix(seed, _ORDER, epoch))
-    found: list[list[int]] = []
-    for group in groups:
-        order = torch.randperm(len(group), generator=generator).tolist()
-        shuffled = [group[i] for i in order]
-        whole = max(batch_size, len(shuffled) - len(shuffled) % batch_size)
-        found += [shuffled[i : i + batch_size] for i in range(0, min(whole, len(shuffled)), batch_size)]
-    order = torch.randperm(len(found), generator=generator).tolist()
-    return [found[i] for i in order]
-
-
-def _mix(*numbers: int) -> int:
-    """A seed from several numbers: distinct tuples give unrelated seeds (splitmix64 steps)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
-
-
-def split(count: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices 0 ... count - 1 for training and for validation, both ascending; chosen by the seed.
-
-    Args:
-        held_out: pictures for validation; at most a tenth are taken.
-    """
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(_mix(seed, _ORDER))).tolist()
-    taken = min(held_out, count // 10)
-    return sorted(order[taken:]), sorted(order[:taken])
-
-
-def grouped(indices: Iterable[int], key: Callable[[int], float]) -> list[list[int]]:
-    """The indices in groups of equal keys, in order of first appearance."""
-    groups: dict[float, list[int]] = {}
-    for index in indices:
-        groups.setdefault(key(index), []).append(index)
-    return list(groups.values())
-
-
-def chunks(groups: list[list[int]], size: int) -> list[list[int]]:
-    """Batches of at most `size`, each of one group, nothing left out."""
-    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
-
-
-def parameter_groups(module: nn.Module, weight_decay: float, paces: Mapping[str, Pace]) -> list[dict[str, Any]]:
-    """Trainable parameters with and without weight decay, in the order of their names in the module.
-
-    Args:
-        module: what is trained.
-        weight_decay: of matrices.
-        paces: as in `Stage`; parameters with a pace of their own are in groups of their own.
-    """
-    usual = Pace()
-    groups: dict[tuple[Pace, float], list[nn.Parameter]] = {(usual, weight_decay): [], (usual, 0.0): []}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            pace = next((pace for start, pace in paces.items() if name.startswith(start)), usual)
-            decay = 0.0 if _undecayed(name, parameter) else weight_decay
-            groups.setdefault((pace, decay), []).append(parameter)
-    return [{"params": found, "weight_decay": decay, "pace": pace} for (pace, decay), found in groups.items()]
-
-
-def _undecayed(name: str, parameter: Tensor) -> bool:
-    ends = ("bias", *(f".{end}" for end in NO_DECAY))
-    return parameter.ndim <= 1 or f".{name}".endswith(ends)
+    def diverges(self, factor: float) -> bool:
+        """Whether the loss has risen by `factor` times the size it had at the beginning."""
+        if not factor or self.first_loss is None:
+            return False
+        return sum(self.losses) / WATCHED > self.first_loss + factor * abs(self.first_loss)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -202,18 +161,26 @@ class Trainer:
         config: of the loop.
         run: where it is kept.
         report: who listens.
-        device: where it is computed.
+        ranks: who trains together, and where.
     """
 
     def __init__(
-        self, stage: Stage, config: LoopConfig, run: RunFolder, report: Report, device: torch.device
+        self,
+        stage: Stage,
+        config: LoopConfig,
+        run: RunFolder,
+        report: Report,
+        ranks: Ranks,
     ) -> None:
         self.stage = stage
         self.config = config
         self.run = run
         self.report = report
-        self.device = device
-        self.progress = Progress()
+        self.ranks = ranks
+        self.device = device = ranks.device
+        if ranks.count > 1:
+            stage.share(self.ranks)
+        self.progress = Progress(scale=LossScale.start(config.precision))
         self.trained = {name: p for name, p in stage.module.named_parameters() if p.requires_grad}
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(
@@ -232,6 +199,10 @@ class Trainer:
         self._announced = 0
         self._seen = 0
         self._stop = False
+        self._stopped_at = 0.0
+        self._half_saved = False
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
 
     def checkpoint(self) -> Checkpoint:
         """The state after the steps done so far."""
@@ -242,29 +213,35 @@ class Trainer:
         tensors = {"weights": {name: p.detach() for name, p in self.trained.items()}, "optimizer": optimizer}
         if self.average is not None:
             tensors["ema"] = self.average
-        best = None if math.isinf(self.progress.best) else self.progress.best
-        return Checkpoint(self.progress.step, tensors, {"best": best})
+        return Checkpoint(self.progress.step, tensors, self.progress.to_json())
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint of the same stage and configuration.
+    def load(self, saved: SavedCheckpoint) -> None:
+        """Continues from a checkpoint of the same stage and configuration, by however many ranks it was written.
 
         Raises:
-            InputError: it belongs to another model.
+            InputError: it belongs to another model, or is damaged.
         """
-        weights = checkpoint.tensors["weights"]
-        if _shapes(self.trained) != _shapes(weights):
-            raise InputError(f"checkpoint {checkpoint.step} of {self.run.path} is of another model")
-        self._set(weights)
-        for key, value in checkpoint.tensors["optimizer"].items():
-            name, field = key.rsplit("/", 1)
-            parameter = self.trained[name]
-            place = self._step_counts_on if field == "step" else parameter.device
-            self.optimizer.state[parameter][field] = value.to(place)
+        if _shapes(self.trained) != saved.shapes("weights"):
+            raise InputError(f"checkpoint {saved.step} of {self.run.path} is of another model")
+        into: dict[str, dict[str, Tensor]] = {"weights": {n: p.detach() for n, p in self.trained.items()}}
         if self.average is not None:
-            for name, value in checkpoint.tensors["ema"].items():
-                self.average[name].copy_(value)
-        best = checkpoint.state["best"]
-        self.progress = Progress(checkpoint.step, math.inf if best is None else float(best))
+            if saved.shapes("ema").keys() != self.average.keys():
+                raise InputError(f"checkpoint {saved.step} of {self.run.path} has no averaged weights")
+            into["ema"] = self.average
+        into["optimizer"] = {}
+        for key in saved.shapes("optimizer"):
+            name, kind = key.rsplit("/", 1)
+            parameter = self.trained[name]
+            empty = torch.zeros((), device=self._step_counts_on)
+            state = empty if kind == "step" else torch.zeros_like(parameter.detach())
+            into["optimizer"][key] = self.optimizer.state[parameter][kind] = state
+        saved.read(into)
+        try:
+            self.progress = Progress.from_json(saved.step, saved.state)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"checkpoint {saved.step} of {self.run.path} was written by another bitgen") from error
+        # state.json is the last that is written: without it, what follows a checkpoint may be missing
+        self._half_saved = self.run.state().get("step") != saved.step
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -282,82 +259,143 @@ class Trainer:
     @torch.no_grad()
     def _set(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.trained.items():
-            parameter.copy_(values[name])
+            local(parameter).copy_(local(values[name]))
 
     def fit(self) -> dict[str, float]:
         """Trains to the last step; returns the newest measurements.
 
         Raises:
-            DivergedError: the loss is no longer a number; the last checkpoint is good.
+            DivergedError: the loss is no longer a number, or far above where it began; the last checkpoint is good.
             Interrupted: the user asked to stop; the step was finished and saved.
         """
         config = self.config
         values: dict[str, float] = {}
         self._announced = self.progress.step * config.accumulation
         self._seen, first, started = 0, self.progress.step, time.perf_counter()
-        with self._stop_on_interrupt():
-            while self.progress.step < config.steps:
-                measured = self._step()
-                self.progress = Progress(self.progress.step + 1, self.progress.best)
-                step, last = self.progress.step, self.progress.step == config.steps
-                if step % config.log_every == 0 or last:
-                    values = self._log(measured, step - first, time.perf_counter() - started)
-                    self._seen, first, started = 0, step, time.perf_counter()
-                pause = time.perf_counter()
-                improved = False
-                if step % config.validate_every == 0 or last:
-                    validated, improved = self._validate()
-                    values |= validated
-                if config.sample_every and (step % config.sample_every == 0 or last):
-                    self._draw_samples()
-                if step % config.save_every == 0 or last or improved or self._stop:
-                    self._save(improved, last)
-                started += time.perf_counter() - pause
-                if self._stop and not last:
-                    raise Interrupted(
-                        f"stopped after step {step} of {config.steps}; everything is saved",
-                        f"`bitgen resume {self.run.path}` continues",
-                    )
+        if self._half_saved:
+            self._leave(improved=self.progress.best_step == self.progress.step > 0)
+        try:
+            with self._stop_on_interrupt():
+                while self.progress.step < config.steps:
+                    measured = self._step()
+                    step, last = self.progress.step, self.progress.step == config.steps
+                    if step % config.log_every == 0 or last:
+                        values = self._log(measured, step - first, time.perf_counter() - started)
+                        self._seen, first, started = 0, step, time.perf_counter()
+                    pause = time.perf_counter()
+                    improved = False
+                    if step % config.validate_every == 0 or last:
+                        validated, improved = self._validate()
+                        values |= validated
+                    if config.sample_every and (step % config.sample_every == 0 or last):
+                        self._draw_samples()
+                    if step % config.save_every == 0 or last or improved or self._stop:
+                        self._save(improved)
+                    started += time.perf_counter() - pause
+                    if self._stop and not last:
+                        self._wait_for_checkpoint()
+                        self.ranks.wait()
+                        raise Interrupted(
+                            f"stopped after step {step} of {config.steps}; everything is saved",
+                            f"`bitgen resume {self.run.path}` continues",
+                        )
+            # whoever is done first waits for the rank that still writes
+            self._wait_for_checkpoint()
+            self.ranks.wait()
+        finally:
+            self._wait_for_checkpoint()
         return values
 
     def _step(self) -> dict[str, Tensor]:
         """One optimizer step; returns its loss and gradient norm, and what its last micro-batch measured."""
-        step = self.progress.step
+        step, config = self.progress.step, self.config
         for group in self.optimizer.param_groups:
             pace = group["pace"]
-            group["lr"] = learning_rate(step, self.config.steps, self.config.optimizer, pace.start) * pace.rate
+            group["lr"] = learning_rate(step, config.steps, config.optimizer, pace.start) * pace.rate
             for parameter in group["params"]:
                 parameter.requires_grad_(step >= pace.start)
         self.stage.module.train()
         self.optimizer.zero_grad(set_to_none=True)
+        parts: list[tuple[Tensor, list[int]]] = []
         measured: dict[str, Tensor] = {}
-        total = torch.zeros((), device=self.device)
-        for micro in range(self.config.accumulation):
-            torch.manual_seed(_mix(self.config.seed, _LAYERS, step, micro))
-            generator = torch.Generator().manual_seed(_mix(self.config.seed, _STEP, step, micro))
-            indices = self._next(step * self.config.accumulation + micro)
-            loss, measured = self.stage.loss(indices, generator, step)
-            (loss / self.config.accumulation).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach() / self.config.accumulation
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.config.optimizer.clip_norm)
+        weight = 1.0
+        for micro in range(config.accumulation):
+            # whatever layers draw by themselves, dropout for example, is other on each rank: nothing here does
+            torch.manual_seed(mix(config.seed, _LAYERS, step, micro))
+            whole = self._next(step * config.accumulation + micro)
+            share = self.ranks.share(len(whole))
+            indices, weight = whole[share.rows.start : share.rows.stop], share.weight
+            draws = Draws(mix(config.seed, _STEP, step, micro), share.rows, weight)
+            with self.ranks.syncing(micro == config.accumulation - 1):
+                loss, measured = self.stage.loss(indices, draws, step)
+                scaled = loss * (self.progress.scale.value * weight) / config.accumulation
+                scaled.backward()  # type: ignore[no-untyped-call]
+            parts.append((loss.detach() * weight / config.accumulation, indices))
+        total = torch.stack([loss for loss, _ in parts]).sum().to(self.device)
+        if self.ranks.count > 1:
+            asked = self.ranks.mean(torch.stack((total, torch.full_like(total, float(self._stop)))))
+            total, self._stop = asked[0], bool(asked[1] > 0)
+        norm = self._clipped_norm()
         # one look at the numbers a step: what is not finite must not reach the weights
-        if not math.isfinite((total + norm).item()):
-            raise DivergedError(
-                f"training diverged: the loss or its gradient is not a finite number at step {step + 1}",
-                f"the checkpoints in {self.run.path} are good; train again with a lower learning rate",
-            )
-        self.optimizer.step()
+        finite = bool(torch.isfinite(norm))
+        loss_now = total.item()
+        scale = self.progress.scale
+        if not math.isfinite(loss_now) or (not finite and (not scale.adapts or scale.value < 2)):
+            raise self._diverged("the loss or its gradient is not a finite number", parts)
+        if finite:
+            self.optimizer.step()
+            self._average_in(step)
+        self.progress = replace(self.progress.watch(loss_now), step=step + 1, scale=scale.after(not finite))
+        if self.progress.diverges(config.divergence):
+            rise = f"{self.progress.first_loss:.4g} to {sum(self.progress.losses) / WATCHED:.4g}"
+            raise self._diverged(f"the mean loss of {WATCHED} steps has risen from {rise}", parts)
+        measured = self.ranks.means(measured, weight) if self._logs_now() else measured
+        return measured | {"loss": total, "grad_norm": norm.detach()}
+
+    def _clipped_norm(self) -> Tensor:
+        """The norm of all gradients, which are cut down to the largest one allowed."""
+        parameters = [p for p in self.trained.values() if p.grad is not None]
+        if self.progress.scale.adapts:
+            gradients = [local(p.grad) for p in parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self.progress.scale.value)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip_norm)
+        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return whole
+
+    def _average_in(self, step: int) -> None:
         if self.average is not None:
             # early in training a fixed decay would average in the random start
             decay = min(self.config.ema_decay, (step + 1) / (step + 10))
-            weights = [p.detach() for p in self.trained.values()]
-            torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
-        return measured | {"loss": total, "grad_norm": norm.detach()}
+            weights = [local(p.detach()) for p in self.trained.values()]
+            torch._foreach_lerp_([local(average) for average in self.average.values()], weights, 1 - decay)
+
+    def _logs_now(self) -> bool:
+        return self.progress.step % self.config.log_every == 0 or self.progress.step == self.config.steps
+
+    def _diverged(self, why: str, parts: Sequence[tuple[Tensor, list[int]]]) -> DivergedError:
+        """The error that names the pictures of the step, those of a bad micro-batch where one is; diverged.json too."""
+        bad = [indices for loss, indices in parts if not math.isfinite(loss.item())]
+        mine = bool(bad), [name for indices in (bad or [i for _, i in parts]) for name in self.stage.names(indices)]
+        everyone = self.ranks.gather(mine)
+        blamed = [names for is_bad, names in everyone if is_bad] or [names for _, names in everyone]
+        files = [name for names in blamed for name in names]
+        step = self.progress.step + 1
+        saved = max(self.run.steps(), default=None)
+        if self.ranks.first:
+            write_json(self.run.path / DIVERGED, {"step": step, "reason": why, "pictures": files})
+        shown = ", ".join(files[:NAMED]) + (f" and {len(files) - NAMED} more" if len(files) > NAMED else "")
+        kept = "nothing had been saved yet" if saved is None else f"checkpoint {saved} is kept"
+        return DivergedError(
+            f"training diverged: {why} at step {step}, with {shown} (all in {self.run.path / DIVERGED}); {kept}",
+            "look at these pictures, or train with a lower learning rate",
+        )
 
     def _next(self, number: int) -> list[int]:
         """Indices of micro-batch `number`; tells the stage which ones follow."""
         while self._announced <= number + LOOK_AHEAD:
-            self.stage.ahead(self._batch(self._announced))
+            coming = self._batch(self._announced)
+            rows = self.ranks.share(len(coming)).rows
+            self.stage.ahead(coming[rows.start : rows.stop])
             self._announced += 1
         indices = self._batch(number)
         self._seen += len(indices)
@@ -381,7 +419,7 @@ class Trainer:
         values["learning_rate"] = learning_rate(step - 1, self.config.steps, self.config.optimizer)
         values["images_per_second"] = self._seen / seconds
         values["epoch"] = step * self.config.accumulation / self._per_epoch
-        self.run.log({"step": step, **values})
+        self._write_log({"step": step, **values})
         self.report.metrics(
             step, self.config.steps, values | {"seconds_left": (self.config.steps - step) * seconds / steps}
         )
@@ -393,35 +431,73 @@ class Trainer:
             values = self.stage.validate()
         if not values:
             return values, False
-        self.run.log({"step": self.progress.step, **values})
+        self._write_log({"step": self.progress.step, **values})
         self.report.metrics(self.progress.step, self.config.steps, values)
         improved = values["val_loss"] < self.progress.best
         if improved:
-            self.progress = Progress(self.progress.step, values["val_loss"])
+            self.progress = replace(self.progress, best=values["val_loss"], best_step=self.progress.step)
         return values, improved
 
-    def _draw_samples(self) -> None:
-        with self._shown():
-            self.stage.draw_samples(self.run.samples / f"step-{self.progress.step:07d}.png")
+    def _write_log(self, values: Mapping[str, float]) -> None:
+        if self.ranks.first:
+            self.run.log(values)
 
-    def _save(self, improved: bool, last: bool) -> None:
-        """Saves a checkpoint; the best one so far and the last one also leave the model folder."""
-        checkpoint = self.checkpoint()
-        folder = self.run.save(checkpoint, self.config.keep_last)
+    def _draw_samples(self) -> None:
+        with self._shown(), self.ranks.whole():
+            if self.ranks.first:
+                self.stage.draw_samples(self.run.samples / f"step-{self.progress.step:07d}.png")
+
+    def _save(self, improved: bool) -> None:
+        """Saves a checkpoint; the best one so far and the last one also leave what the run is for."""
+        self._wait_for_checkpoint()
+        checkpoint, config = self.checkpoint(), self.config
+        if self.ranks.sharded:
+            writing = self.run.begin_shared(checkpoint, self.ranks)
+            self._export(improved)
+
+            def finish() -> None:
+                writing.wait()
+                if self.ranks.first:
+                    folder = self.run.finish_shared(checkpoint, config.keep_last, config.keep_every)
+                    self._settle(folder, checkpoint.step, checkpoint.state["best"], improved)
+
+            self._saving = self._background.submit(finish)
+            return
+        if self.ranks.first:
+            self.run.save(checkpoint, config.keep_last, config.keep_every)
+            self._leave(improved)
+
+    def _leave(self, improved: bool) -> None:
+        """What follows a checkpoint that is whole; done once more when a run was ended in the middle of it."""
+        self._export(improved)
+        if self.ranks.first:
+            step, best = self.progress.step, self.progress.to_json()["best"]
+            self._settle(self.run.checkpoint(step), step, best, improved)
+
+    def _export(self, improved: bool) -> None:
+        if improved or self.progress.step == self.config.steps:
+            with self._shown(), self.ranks.whole():
+                if self.ranks.first:
+                    self.stage.export(self.run, best=improved)
+
+    def _settle(self, folder: Path, step: int, best: float | None, improved: bool) -> None:
         if improved:
             self.run.save_best(folder)
-        if improved or last:
-            with self._shown():
-                self.stage.export(self.run, best=improved)
         self.run.write_state(
             {
-                "step": checkpoint.step,
+                "step": step,
                 "steps": self.config.steps,
-                "finished": last,
+                "finished": step == self.config.steps,
                 "checkpoint": folder.relative_to(self.run.path).as_posix(),
-                "best_val_loss": checkpoint.state["best"],
+                "best_val_loss": best,
             }
         )
+
+    def _wait_for_checkpoint(self) -> None:
+        """Returns when nothing is being written in the background."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     @contextmanager
     def _shown(self) -> Iterator[None]:
@@ -435,9 +511,11 @@ class Trainer:
         """The first Ctrl-C (or SIGTERM) finishes the step and saves; the second ends at once."""
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if self._stop:
+            if self._stopped_at:
+                if time.monotonic() - self._stopped_at < _TOGETHER:
+                    return
                 raise KeyboardInterrupt
-            self._stop = True
+            self._stop, self._stopped_at = True, time.monotonic()
             self.report.notice("finishing this step and saving; Ctrl-C again stops at once, without saving")
 
         previous: dict[int, Callable[..., object] | int | None] = {}

@@ -111,7 +111,7 @@ class Transformer(nn.Module):
         self.scale_embedding = nn.Embedding(geometry.scale_embeddings, width)
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(
-            Block(width, geometry.heads, geometry.ffn_width, geometry.drop_path) for _ in range(geometry.depth)
+            Block(width, geometry.heads, geometry.ffn_width) for _ in range(geometry.depth)
         )
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, 2 * bits)
@@ -139,43 +139,51 @@ class Transformer(nn.Module):
         return TextFeatures(rows.expand(len(lengths), -1, -1), tuple(lengths))
 
     def condition(self, text: TextFeatures) -> Condition:
-        """Everything the blocks need from the prompts."""
+        """Everything that `step` needs from the prompts."""
+        projected, pooled, modulation, head_modulation = self._read(text)
+        text_kv = [block.cross_attention.text_kv(projected, text.mask) for block in self._blocks]
+        return Condition(pooled, modulation, head_modulation, text_kv)
+
+    def _read(self, text: TextFeatures) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Projected features (B, T, D), the pooled condition (B, D), modulation of the blocks and of the head."""
         features = text.features.to(self.text_norm.dtype).float()
-        mask = text.mask
         features = features * torch.rsqrt(features.square().mean(-1, keepdim=True) + 1e-6) * self.text_norm
         features = features.to(self.dtype)
-        pooled = self.text_pool(features, mask)
+        pooled = self.text_pool(features, text.mask)
         projected = self.text_proj(features)
         activated = F.silu(pooled)
         modulation = torch.unflatten(self.modulation(activated).float(), -1, (6, -1)).unsqueeze(1)
         head_modulation = torch.unflatten(self.head_modulation(activated).float(), -1, (2, -1)).unsqueeze(1)
-        text_kv = [block.cross_attention.text_kv(projected, mask) for block in self._blocks]
-        return Condition(pooled, modulation, head_modulation, text_kv)
+        return projected, pooled, modulation, head_modulation
 
-    def forward(self, inputs: Tensor, text: TextFeatures, schedule: Schedule) -> Tensor:
+    def forward(
+        self, inputs: Tensor, text: TextFeatures, schedule: Schedule, kept: Tensor | None = None
+    ) -> Tensor:
         """Logits of all scales for known coarser scales (teacher forcing).
 
         Args:
             inputs: (B, L - 1, K) what scales 1 and up see: the sum so far at their size (pyramid.next_input).
             text: B prompts.
             schedule: scales of the batch.
+            kept: (depth, 3, B) factors of the residual branches (drop path); None keeps all as they are.
 
         Returns:
             (B, L, 2K): channels 2j and 2j + 1 are the logits of "bit j = 0" and "bit j = 1".
         """
-        condition = self.condition(text)
+        projected, pooled, modulation, head_modulation = self._read(text)
+        mask = text.mask
         counts = torch.tensor(schedule.counts, device=inputs.device)
         scales = self.scale_embedding.weight[: len(schedule)].repeat_interleave(counts, dim=0)
-        x = torch.cat((self._start(condition), self.bit_embedding(inputs.to(self.dtype)).float()), dim=1) + scales
+        x = torch.cat((self._start(pooled), self.bit_embedding(inputs.to(self.dtype)).float()), dim=1) + scales
         rope = self._rope(schedule)
-        for block, text_kv in zip(self.blocks, condition.text, strict=True):
+        branches = [None] * len(self.blocks) if kept is None else kept.unbind()
+        for block, factors in zip(self.blocks, branches, strict=True):
+            seen = (x, modulation, projected, mask, rope, schedule.slices, factors)
             if self.checkpoint_activations and self.training:
-                x = checkpoint(
-                    block, x, condition.modulation, text_kv, rope, schedule.slices, use_reentrant=False
-                )
+                x = checkpoint(block, *seen, use_reentrant=False)
             else:
-                x = block(x, condition.modulation, text_kv, rope, schedule.slices)
-        return self._logits(x, condition)
+                x = block(*seen)
+        return self._logits(x, head_modulation)
 
     def step(
         self,
@@ -199,7 +207,7 @@ class Transformer(nn.Module):
         Returns:
             (B, h*w, 2K).
         """
-        x = self._start(condition) if inputs is None else self.bit_embedding(inputs.to(self.dtype)).float()
+        x = self._start(condition.pooled) if inputs is None else self.bit_embedding(inputs.to(self.dtype)).float()
         x = x + self.scale_embedding.weight[scale]
         positions = schedule.slices[scale]
         rope = self._rope(schedule)[positions]
@@ -207,7 +215,7 @@ class Transformer(nn.Module):
             x = block.step(x, condition.modulation, condition.text[index], rope, cache, index, positions)
             if after_block is not None:
                 x = after_block(x, index)
-        return self._logits(x, condition)
+        return self._logits(x, condition.head_modulation)
 
     def new_cache(self, batch: int, schedule: Schedule) -> KVCache:
         """An empty cache for a batch of that many rows."""
@@ -215,14 +223,14 @@ class Transformer(nn.Module):
         channels = self.config.width // heads
         return KVCache(len(self.blocks), batch, heads, schedule.positions, channels, self.device, self.dtype)
 
-    def _start(self, condition: Condition) -> Tensor:
-        return condition.pooled.float()[:, None] + self.start
+    def _start(self, pooled: Tensor) -> Tensor:
+        return pooled.float()[:, None] + self.start
 
     def _rope(self, schedule: Schedule) -> Rope:
         return rope_table(schedule, self.config.width // self.config.heads, self.device, torch.float32)
 
-    def _logits(self, x: Tensor, condition: Condition) -> Tensor:
-        scale, shift = condition.head_modulation.unbind(2)
+    def _logits(self, x: Tensor, head_modulation: Tensor) -> Tensor:
+        scale, shift = head_modulation.unbind(2)
         logits: Tensor = self.head(modulated_norm(x, scale, shift, self.dtype))
         return logits.float()
 

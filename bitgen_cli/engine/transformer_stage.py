@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -18,9 +18,13 @@ from bitgen_cli.engine.active_bits import active, draw, logits_in_use, widened_p
 from bitgen_cli.engine.bits import to_positions
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.data import grid, to_uint8
-from bitgen_cli.engine.device import DTYPES
+from bitgen_cli.engine.device import DTYPES, autocast
+from bitgen_cli.engine.draws import Draws
 from bitgen_cli.engine.losses import bit_loss
 from bitgen_cli.engine.model_folder import save_model
+from bitgen_cli.engine.optimizer import Pace
+from bitgen_cli.engine.order import chunks, grouped, split
+from bitgen_cli.engine.parallel import Ranks
 from bitgen_cli.engine.pyramid import ChangeBits
 from bitgen_cli.engine.sampling import generate, plan
 from bitgen_cli.engine.scales import RESOLUTIONS, Schedule, schedule
@@ -28,7 +32,6 @@ from bitgen_cli.engine.self_correction import flipper
 from bitgen_cli.engine.store import TokenStore
 from bitgen_cli.engine.text import TextEncoder
 from bitgen_cli.engine.tokenizer import Tokenizer
-from bitgen_cli.engine.trainer import Pace, chunks, grouped, split
 from bitgen_cli.engine.transformer import TextFeatures, Transformer
 from bitgen_cli.errors import ResourceError, UsageError
 from bitgen_cli.files import atomic_path, write_text
@@ -47,6 +50,36 @@ class Trained(nn.Module):
         super().__init__()
         self.transformer = transformer.requires_grad_(True)
         self.text_encoder = None if text_encoder is None else text_encoder.requires_grad_(True)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        text: TextFeatures | Sequence[Sequence[int]],
+        scales: Schedule,
+        dropped: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, L, 2K) of all scales.
+
+        Args:
+            inputs: (B, L - 1, K).
+            text: features of B prompts, or their token ids for a text encoder that is trained too.
+            scales: of the batch.
+            dropped: (B,) bool, which prompts give way to the unconditional one of the same length; None is none.
+            kept: as in `Transformer.forward`.
+        """
+        features = text if isinstance(text, TextFeatures) else self.features(text)
+        if dropped is not None:
+            null = self.transformer.null_features(features.lengths).features
+            chosen = dropped.to(features.features.device)[:, None, None]
+            features = TextFeatures(torch.where(chosen, null, features.features), features.lengths)
+        logits: Tensor = self.transformer(inputs, features, scales, kept)
+        return logits
+
+    def features(self, ids: Sequence[Sequence[int]]) -> TextFeatures:
+        """What the text encoder that is trained too makes of token ids."""
+        assert self.text_encoder is not None
+        return self.text_encoder.encode_ids(ids)
 
 
 class TransformerStage:
@@ -93,6 +126,8 @@ class TransformerStage:
         if training.compile:
             _compile(transformer, device)
         self.module = Trained(transformer.to(device), self.text_encoder if self.text_is_trained else None)
+        self._forward: Callable[..., Tensor] = self.module
+        self._ranks = Ranks(device=device)
         self._require_fit()
         trained, held_out = split(len(store), training.validation_images, training.seed)
         self.groups = grouped(trained, store.ratio)
@@ -102,18 +137,23 @@ class TransformerStage:
         shown = next(iter(self._validation or self.groups))
         self._shown = shown[:: max(1, len(shown) // GRID_COLUMNS)][:GRID_COLUMNS]
 
+    def share(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._forward = ranks.wrap(self.module, list(self.module.transformer.blocks))
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        return [self.store.keys[index] for index in indices]
+
     def ahead(self, indices: list[int]) -> None:
         """Nothing to do: a token store needs no reading ahead."""
 
-    def loss(
-        self, indices: list[int], generator: torch.Generator, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Bitwise cross-entropy of one micro-batch; caption dropout, flips and the number of bits are drawn."""
-        bits = draw(self.bit_counts, generator)
-        dropped = torch.rand(len(indices), generator=generator) < self.training.caption_dropout
+    def loss(self, indices: list[int], draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Bitwise cross-entropy of one micro-batch; the draws decide on the bits, captions, branches and flips."""
+        bits = draw(self.bit_counts, draws.shared)
+        dropped = draws.uniform() < self.training.caption_dropout
         strength = self._flip_strength(step)
-        flips = flipper(strength, self.training.flip_scales, generator) if strength > 0 else None
-        loss, accuracy, per_scale = self._losses(indices, bits, flips, dropped)
+        flips = flipper(strength, self.training.flip_scales, draws) if strength > 0 else None
+        loss, accuracy, per_scale = self._losses(indices, bits, flips, dropped, self._kept_branches(draws))
         measured = {f"bit_accuracy/{k}": value for k, value in enumerate(accuracy.unbind())}
         return loss, measured | {f"loss/{k}": value for k, value in enumerate(per_scale.unbind())}
 
@@ -123,22 +163,17 @@ class TransformerStage:
         Where the model is used with several numbers of bits, val_loss is the mean of val_loss_16_bits and so on, and
         what is measured per scale is so with the most.
         """
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        several = len(self.bit_counts) > 1
-        for indices in self._validation:
-            measured: dict[str, float] = {"val_loss": 0.0}
-            for bits in self.bit_counts:
-                loss, accuracy, per_scale = self._losses(indices, bits, None, None)
-                measured["val_loss"] += loss.item() / len(self.bit_counts)
-                if several:
-                    measured[f"val_loss_{bits}_bits"] = loss.item()
-            measured |= {f"val_bit_accuracy/{k}": value for k, value in enumerate(accuracy.tolist())}
-            measured |= {f"val_loss/{k}": value for k, value in enumerate(per_scale.tolist())}
-            for name, value in measured.items():
-                sums[name] = sums.get(name, 0.0) + value * len(indices)
-                counts[name] = counts.get(name, 0) + len(indices)
-        return {name: value / counts[name] for name, value in sums.items()}
+
+        def measure(indices: list[int]) -> dict[str, Tensor]:
+            found = {bits: self._losses(indices, bits) for bits in self.bit_counts}
+            measured = {"val_loss": torch.stack([loss for loss, _, _ in found.values()]).mean()}
+            if len(found) > 1:
+                measured |= {f"val_loss_{bits}_bits": loss for bits, (loss, _, _) in found.items()}
+            _, accuracy, per_scale = found[self.bit_counts[-1]]
+            measured |= {f"val_bit_accuracy/{k}": value for k, value in enumerate(accuracy.unbind())}
+            return measured | {f"val_loss/{k}": value for k, value in enumerate(per_scale.unbind())}
+
+        return self._ranks.mean_over(self._validation, measure)
 
     def draw_samples(self, file: Path) -> None:
         """Stored pictures, decoded, above pictures drawn from their captions; captions.txt names those.
@@ -149,7 +184,8 @@ class TransformerStage:
         captions = [self.store.captions[index] for index in self._shown]
         bits = [grid.to(self.device) for grid in self.store.bits(self._shown)]
         stored = self.tokenizer.decode_bits(bits, scales)
-        text = self._features([self._ids[index] for index in self._shown])
+        ids = [self._ids[index] for index in self._shown]
+        text = self.module.features(ids) if self.text_is_trained else self.text_encoder.encode_ids(ids)
         steps = plan(self.config.sampling, len(scales))
         seeds = range(len(captions))
         drawn = [
@@ -177,18 +213,22 @@ class TransformerStage:
         """Nothing works in the background."""
 
     def _losses(
-        self, indices: list[int], bits: int, flips: ChangeBits | None, dropped: Tensor | None
+        self,
+        indices: list[int],
+        bits: int,
+        flips: ChangeBits | None = None,
+        dropped: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, bit accuracy per scale and loss per scale of the first `bits` bits."""
         scales = self.store.schedule(self.store.ratio(indices[0]))
         targets, inputs = self._teacher(indices, scales, bits, flips)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.precision == "bf16"):
-            text = self._features([self._ids[index] for index in indices])
-            if dropped is not None:
-                text = self._drop(text, dropped)
-            recomputed = self.training.checkpoint_activations
-            with attention(self.device, self.training.precision, scales, recomputed=recomputed):
-                logits = self.module.transformer(inputs, text, scales)
+        recomputed = self.training.checkpoint_activations
+        with (
+            autocast(self.device, self.training.precision),
+            attention(self.device, self.training.precision, scales, recomputed=recomputed),
+        ):
+            logits = self._forward(inputs, self._text(indices), scales, dropped, kept)
         return bit_loss(logits_in_use(logits, targets.shape[-1]), targets, scales, self.training)
 
     def _teacher(
@@ -203,17 +243,21 @@ class TransformerStage:
             targets, inputs = as_positions(*pyramid.teacher_inputs(active(latent, bits), scales, flips), scales)
         return targets, widened_positions(inputs, self.module.transformer.bits_per_position)
 
-    def _features(self, ids: list[list[int]]) -> TextFeatures:
+    def _text(self, indices: list[int]) -> TextFeatures | list[list[int]]:
+        """What `Trained.forward` takes: features of a fixed text encoder, or token ids."""
+        ids = [self._ids[index] for index in indices]
         if self.text_is_trained:
-            return self.text_encoder.encode_ids(ids)
+            return ids
         with torch.no_grad():
             return self.text_encoder.encode_ids(ids)
 
-    def _drop(self, text: TextFeatures, dropped: Tensor) -> TextFeatures:
-        """The unconditional prompt of the same length in place of the dropped ones."""
-        null = self.module.transformer.null_features(text.lengths).features
-        features = torch.where(dropped.to(self.device)[:, None, None], null, text.features)
-        return TextFeatures(features, text.lengths)
+    def _kept_branches(self, draws: Draws) -> Tensor | None:
+        """Factors (depth, 3, B) of the residual branches: 0 where one is dropped, else what keeps the mean."""
+        geometry = self.config.model.transformer
+        if geometry.drop_path == 0:
+            return None
+        kept = draws.uniform(geometry.depth, 3) >= geometry.drop_path
+        return (kept.float() / (1 - geometry.drop_path)).permute(1, 2, 0).to(self.device)
 
     def _flip_strength(self, step: int) -> float:
         warmup = self.training.flip_warmup_steps

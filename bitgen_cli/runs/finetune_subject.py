@@ -26,6 +26,7 @@ from bitgen_cli.engine.model_folder import (
     read_model_config,
     save_model,
 )
+from bitgen_cli.engine.parallel import Ranks
 from bitgen_cli.engine.parts import kind_of
 from bitgen_cli.engine.subject import (
     Header,
@@ -66,7 +67,7 @@ from bitgen_cli.runs.subject_material import (
     schedule_of,
     without_class,
 )
-from bitgen_cli.runs.train import TrainResult, fit, prepare_device
+from bitgen_cli.runs.train import TrainResult, fit, prepare_device, require_alone
 
 VERB = "finetune-subject"
 LEAK = 0.75
@@ -155,6 +156,7 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
         Interrupted: stopped by the user; the run is saved.
     """
     started = time.perf_counter()
+    require_alone()
     class_word = check_class(options.class_word)
     if options.merge is not None:
         _refuse_used(options.merge)
@@ -204,7 +206,7 @@ def finetune_subject(options: SubjectOptions, report: Report) -> SubjectResult:
     )
     save_material(run, material)
     stage = _stage(resolved.config, model, material, header, device, at_once, training.first_whole_step)
-    trained = fit(SUBJECT, stage, resolved.config, run, _WatchesClass(report, header), device, started)
+    trained = fit(SUBJECT, stage, resolved.config, run, _WatchesClass(report, header), Ranks(device=device), started)
     return _finish(name, header, run, trained, model, options.merge, report, started, replace=True)
 
 
@@ -216,6 +218,7 @@ def resume_subject(
     Raises: as `finetune_subject`; InputError also when the base model is another one by now.
     """
     started = time.perf_counter()
+    require_alone()
     file = run.path / "config.json"
     try:
         name, base, merge = description["name"], description["model"], description["merge"]
@@ -230,9 +233,7 @@ def resume_subject(
         training = training.model_copy(update={"steps": training.steps + steps})
         config = config.model_copy(update={"training": config.training.model_copy(update={"subject": training})})
         header = header.model_copy(update={"recipe": {**header.recipe, "steps": training.steps}})
-    done = max(run.steps(), default=0)
-    if done >= training.steps:
-        raise UsageError(f"{run.path} is finished: {done} of {training.steps} steps", "--steps N trains N more")
+    run.refuse_finished(training.steps)
     where = prepare_device(device)
     model = _whole_model(find_model(base), base, where, training.precision)
     if model.fingerprints != header.base:
@@ -242,7 +243,8 @@ def resume_subject(
     if steps is not None:
         stored = {"config": config.model_dump(mode="json"), "header": header.model_dump(mode="json")}
         run.describe({**description, **stored})
-    trained = fit(SUBJECT, stage, config, run, _WatchesClass(report, header), where, started, resumed=True)
+    watching = _WatchesClass(report, header)
+    trained = fit(SUBJECT, stage, config, run, watching, Ranks(device=where), started, resumed=True)
     out = None if merge is None else Path(merge)
     return _finish(name, header, run, trained, model, out, report, started, replace=False)
 

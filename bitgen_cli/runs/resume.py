@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 
 from bitgen_cli.config import Config
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.model_folder import load_model
+from bitgen_cli.engine.parallel import joined
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.trainer import Stage
 from bitgen_cli.engine.transformer import Transformer
@@ -31,7 +33,7 @@ from bitgen_cli.runs.train import (
 
 
 def resume(
-    path: Path, report: Report, *, steps: int | None = None, device: str = "auto"
+    path: Path, report: Report, *, steps: int | None = None, device: str = "auto", strategy: str = "ddp"
 ) -> TrainResult | SubjectResult:
     """Continues a training from its last whole checkpoint.
 
@@ -42,6 +44,8 @@ def resume(
         report: who listens.
         steps: train so many steps more than the run was made for; stored with the run.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        strategy: `ddp` or `fsdp`, where torchrun or `--devices` started several processes; how many there are, and how
+            many there were before, changes nothing but the last digits.
 
     Raises:
         InputError: no run, no whole checkpoint, or its data or start model cannot be read.
@@ -67,23 +71,26 @@ def resume(
         if steps < 1:
             raise UsageError(f"--steps {steps}: at least 1")
         config = _with_steps(config, stage_name, recipe(config, stage_name).steps + steps)
-    total = recipe(config, stage_name).steps
-    done = max(run.steps(), default=0)
-    if done >= total:
-        raise UsageError(f"{path} is finished: {done} of {total} steps", "--steps N trains N more")
+    run.refuse_finished(recipe(config, stage_name).steps)
     where = prepare_device(device)
-    stage: Stage
+    with joined(strategy, where) as ranks:
+        stage = _stage(run, stage_name, config, data, where, report)
+        if steps is not None and ranks.first:
+            run.describe({**description, "config": config.model_dump(mode="json")})
+        return fit(stage_name, stage, config, run, report, ranks, started, resumed=True)
+
+
+def _stage(
+    run: RunFolder, stage_name: str, config: Config, data: str, where: torch.device, report: Report
+) -> Stage:
+    """The stage as it was when the run began; a checkpoint brings it to where it stopped."""
     if stage_name == TOKENIZER:
-        stage = tokenizer_stage(config, data, Tokenizer(config.model.tokenizer), where, report)
-    else:
-        model = load_model(run.start, parts=("tokenizer",))
-        store = open_store(data, model)
-        text_encoder = text_encoder_for(config, run.start, store.captions, recipe(config, stage_name).seed)
-        parts = Parts(store, model, Transformer(config.model), text_encoder)
-        stage = transformer_stage(config, parts, run, where)
-    if steps is not None:
-        run.describe({**description, "config": config.model_dump(mode="json")})
-    return fit(stage_name, stage, config, run, report, where, started, resumed=True)
+        return tokenizer_stage(config, data, Tokenizer(config.model.tokenizer), where, report)
+    model = load_model(run.start, parts=("tokenizer",))
+    store = open_store(data, model)
+    text_encoder = text_encoder_for(config, run.start, store.captions, recipe(config, stage_name).seed)
+    parts = Parts(store, model, Transformer(config.model), text_encoder)
+    return transformer_stage(config, parts, run, where)
 
 
 def _with_steps(config: Config, stage: str, steps: int) -> Config:

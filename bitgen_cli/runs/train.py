@@ -28,6 +28,7 @@ from bitgen_cli.engine.model_folder import (
     require_same_tokenizer,
     save_model,
 )
+from bitgen_cli.engine.parallel import Ranks, joined
 from bitgen_cli.engine.scales import budgeted, largest, nearest_ratio, schedule
 from bitgen_cli.engine.store import MANIFEST, TokenStore
 from bitgen_cli.engine.text import TextEncoder, load_text_encoder, new_text_encoder
@@ -37,6 +38,7 @@ from bitgen_cli.engine.trainer import Stage, Trainer
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.engine.transformer_stage import TransformerStage
 from bitgen_cli.errors import UsageError
+from bitgen_cli.place import place
 from bitgen_cli.report import Report
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class TrainOptions:
         init: model folder or run folder to begin with. The transformer needs the one whose tokenizer made the
             store.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        strategy: `ddp` or `fsdp`, where torchrun or `--devices` started several processes.
     """
 
     resolved: Resolved
@@ -66,6 +69,7 @@ class TrainOptions:
     out: Path
     init: str | None = None
     device: str = "auto"
+    strategy: str = "ddp"
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,18 @@ def train(options: TrainOptions, report: Report) -> TrainResult:
         raise UsageError("`bitgen train` does not learn subjects", "bitgen finetune-subject does")
     recipe(config, stage_name)
     device = prepare_device(options.device)
+    with joined(options.strategy, device) as ranks:
+        return _train(options, stage_name, device, ranks, report, started)
+
+
+def _train(
+    options: TrainOptions, stage_name: str, device: torch.device, ranks: Ranks, report: Report, started: float
+) -> TrainResult:
+    """A training as one of the ranks; the first one alone writes."""
+    config = options.resolved.config
     run = RunFolder(options.out)
-    run.refuse_used()
+    if ranks.first:
+        run.refuse_used()
     data = options.data if options.data.startswith(WORLD) else str(Path(options.data).expanduser().resolve())
     description = {
         "verb": "train",
@@ -127,13 +141,16 @@ def train(options: TrainOptions, report: Report) -> TrainResult:
     if stage_name == TOKENIZER:
         tokenizer = _first_tokenizer(config, options.init)
         stage = tokenizer_stage(config, data, tokenizer, device, report)
-        run.create(description)
+        if ranks.first:
+            run.create(description)
     else:
         parts = _first_parts(config, data, options.init, report)
         stage = transformer_stage(config, parts, run, device)
-        run.create(description)
-        _save_start(run, config, parts)
-    return fit(stage_name, stage, config, run, report, device, started)
+        if ranks.first:
+            run.create(description)
+            _save_start(run, config, parts)
+    ranks.wait()
+    return fit(stage_name, stage, config, run, report, ranks, started)
 
 
 def fit(
@@ -142,7 +159,7 @@ def fit(
     config: Config,
     run: RunFolder,
     report: Report,
-    device: torch.device,
+    ranks: Ranks,
     started: float,
     *,
     resumed: bool = False,
@@ -150,11 +167,12 @@ def fit(
     """Runs the loop to its end, from the run's last checkpoint when `resumed`."""
     loop = recipe(config, stage_name)
     try:
-        trainer = Trainer(stage, loop, run, report, device)
+        trainer = Trainer(stage, loop, run, report, ranks)
         if resumed:
-            checkpoint = run.load_last(report)
-            trainer.load(checkpoint)
-            run.cut_log(checkpoint.step)
+            saved = run.load_last(report, clean=ranks.first)
+            trainer.load(saved)
+            if ranks.first:
+                run.cut_log(saved.step)
         values = trainer.fit()
     finally:
         stage.close()
@@ -162,7 +180,7 @@ def fit(
         run=run.path,
         stage=stage_name,
         steps=trainer.progress.step,
-        loss=values["loss"],
+        loss=trainer.progress.losses[-1],
         validation={name: value for name, value in values.items() if name.startswith(("val_", "drift_"))},
         model=run.model,
         seconds=time.perf_counter() - started,
@@ -184,11 +202,20 @@ def recipe(config: Config, stage: str) -> LoopConfig:
 
 
 def prepare_device(name: str) -> torch.device:
-    """The device of that name, made ready for training."""
+    """The device of that name, made ready for training; each of several processes takes a GPU of its own."""
     device = pick_device(name)
+    here = place()
+    if device.type == "cuda" and here.count > 1:
+        device = pick_device(f"cuda:{here.local_rank}")
     if device.type == "cpu":
         keep_freed_memory()
     return device
+
+
+def require_alone() -> None:
+    """Raises UsageError in one of several processes: a subject is learned in minutes, and by one."""
+    if place().count > 1:
+        raise UsageError("a subject is learned by one process", "start bitgen without torchrun")
 
 
 def tokenizer_stage(

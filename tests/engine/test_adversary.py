@@ -66,7 +66,13 @@ def test_the_adaptive_weight_is_that_of_autograd_on_the_layer_itself(parts: int)
     images = [last(seen) for seen in features]
     likeness = torch.stack([(image - target).abs().mean() for image in images]).mean()
     adversarial = torch.stack([-judge.unmoved(image).mean() for image in images]).mean()
-    found = adaptive_weight(likeness, adversarial, images, features, last, one_rank)
+    found = adaptive_weight(
+        torch.autograd.grad(likeness, images, retain_graph=True),
+        torch.autograd.grad(adversarial, images, retain_graph=True),
+        features,
+        last,
+        one_rank,
+    )
     of_likeness, of_adversary = (
         torch.autograd.grad(loss, last.weight, retain_graph=True)[0].norm() for loss in (likeness, adversarial)
     )
@@ -83,8 +89,9 @@ def test_several_ranks_weigh_as_one() -> None:
     def weight(rows: slice, mean: object) -> Tensor:
         image = last(features[rows])
         likeness = (image - target[rows]).abs().mean()
-        fooling = -judge.unmoved(image).mean()
-        return adaptive_weight(likeness, fooling, [image], [features[rows]], last, mean)  # type: ignore[arg-type]
+        of_likeness = torch.autograd.grad(likeness, image, retain_graph=True)
+        of_adversary = torch.autograd.grad(-judge.unmoved(image).mean(), image)
+        return adaptive_weight(of_likeness, of_adversary, [features[rows]], last, mean)  # type: ignore[arg-type]
 
     local: list[list[Tensor]] = [[], []]
     for rank, rows in enumerate((slice(0, 2), slice(2, 4))):
@@ -96,7 +103,6 @@ def test_several_ranks_weigh_as_one() -> None:
 
 def test_the_weight_has_an_upper_end() -> None:
     last = nn.Conv2d(5, 3, 3, padding=1)
-    features = torch.ones(1, 5, 4, 4)
-    image = last(features)
-    weight = adaptive_weight(1e9 * image.mean(), 0 * image.mean(), [image], [features], last, one_rank)
+    of_likeness, of_adversary = torch.full((1, 3, 4, 4), 1e9), torch.zeros(1, 3, 4, 4)
+    weight = adaptive_weight([of_likeness], [of_adversary], [torch.ones(1, 5, 4, 4)], last, one_rank)
     assert weight == MOST_WEIGHT

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -37,8 +39,12 @@ def test_what_is_saved_is_what_is_loaded(run: RunFolder) -> None:
     run.save(state_at(5), keep_last=2)
     loaded = run.load_last(Silent())
     assert (loaded.step, loaded.state) == (5, {"best": 0.5})
-    assert torch.equal(loaded.tensors["weights"]["a.b"], torch.full((3, 2), 5.0))
-    assert loaded.tensors["optimizer"]["a.b/step"] == 5.0
+    assert loaded.shapes("weights") == {"a.b": (3, 2)}
+    assert loaded.shapes("ema") == {}
+    into = {"weights": {"a.b": torch.zeros(3, 2)}, "optimizer": {"a.b/step": torch.zeros(())}}
+    loaded.read(into)
+    assert torch.equal(into["weights"]["a.b"], torch.full((3, 2), 5.0))
+    assert into["optimizer"]["a.b/step"] == 5.0
 
 
 def test_keeps_the_last_and_the_best(run: RunFolder) -> None:
@@ -50,6 +56,25 @@ def test_keeps_the_last_and_the_best(run: RunFolder) -> None:
     best = json.loads((run.path / "best" / "state.json").read_text())
     assert best["step"] == 1
     assert (run.path / "best" / "weights.safetensors").stat().st_size > 0
+
+
+def test_keeps_those_of_every_so_many_steps(run: RunFolder) -> None:
+    for step in range(1, 10):
+        run.save(state_at(step), keep_last=2, keep_every=3)
+    assert run.steps() == [3, 6, 8, 9]
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_begun(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.save(state_at(1), keep_last=1)
+    free = namedtuple("free", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(100, 80, state_at(2).bytes - 1))
+    with pytest.raises(ResourceError, match="does not fit") as caught:
+        run.save(state_at(2), keep_last=1)
+    assert caught.value.exit_code == ExitCode.RESOURCES
+    assert run.steps() == [1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(100, 80, state_at(2).bytes))
+    run.save(state_at(2), keep_last=1)
+    assert run.steps() == [2]
 
 
 def test_half_written_checkpoints_are_left_out_with_a_notice(run: RunFolder) -> None:

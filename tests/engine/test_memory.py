@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from bitgen_cli.config import Config, TextEncoderConfig
-from bitgen_cli.engine import lora, memory, pyramid
+from bitgen_cli.engine import lora, memory
 from bitgen_cli.engine.convolution import Conv3, DoublingConv3
-from bitgen_cli.engine.losses import bit_loss, tokenizer_loss
+from bitgen_cli.engine.losses import bit_loss, one_rank
 from bitgen_cli.engine.parts import is_trained
 from bitgen_cli.engine.scales import Schedule, schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
+from bitgen_cli.engine.tokenizer_loss import TokenizerLoss, trained_module
 from bitgen_cli.engine.transformer import TextFeatures, Transformer
 from bitgen_cli.errors import InputError
 from bitgen_cli.presets import resolve
@@ -71,18 +72,14 @@ def transformer_bytes(config: Config, batch: int) -> int:
 def tokenizer_bytes(config: Config, batch: int) -> int:
     training, scales = config.training.tokenizer, square(config)
     assert training is not None
-    tokenizer = Tokenizer(config.model.tokenizer)
+    module = trained_module(config, Tokenizer(config.model.tokenizer))
+    bits, last = config.model.tokenizer.bit_counts, module.tokenizer.autoencoder.decoder.conv_out
     image = torch.rand(batch, 3, *scales.pixels(config.model.tokenizer.patch_size)) * 2 - 1
 
     def loss() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bf16"):
-            latent = tokenizer.latent(image)
-        _, total = pyramid.encode(latent.detach().float(), scales)
-        with torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bf16"):
-            reconstruction = tokenizer.autoencoder.decoder(latent + (total - latent).detach())
-        return tokenizer_loss(image, reconstruction.float(), latent, total, training)[0]
+        return TokenizerLoss(training, False).whole(image, module(image, scales, bits), last, one_rank)[0]
 
-    return kept_bytes(tokenizer, loss)
+    return kept_bytes(module, loss)
 
 
 TEXT_OUTSIDE = ("model.text_encoder.layers=1", "model.text_encoder.ffn_width=1", "model.text_encoder.heads=1")

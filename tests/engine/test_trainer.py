@@ -6,7 +6,8 @@ import json
 import math
 import os
 import signal
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,11 @@ from torch import Tensor, nn
 
 from bitgen_cli.config import LoopConfig, ModelConfig, OptimizerConfig
 from bitgen_cli.engine.checkpoint import RunFolder
-from bitgen_cli.engine.trainer import (
-    _STEP,
-    Pace,
-    Trainer,
-    _mix,
-    batches,
-    grouped,
-    learning_rate,
-    parameter_groups,
-    split,
-)
+from bitgen_cli.engine.draws import Draws, mix
+from bitgen_cli.engine.optimizer import Pace, learning_rate, parameter_groups
+from bitgen_cli.engine.order import batches, grouped, split
+from bitgen_cli.engine.parallel import Ranks
+from bitgen_cli.engine.trainer import _STEP, _TOGETHER, Trainer
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import DivergedError, ExitCode, Interrupted
 from bitgen_cli.report import Silent
@@ -61,14 +56,18 @@ class Line:
     def ahead(self, indices: list[int]) -> None:
         self.announced.append(indices)
 
-    def loss(
-        self, indices: list[int], generator: torch.Generator, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def share(self, ranks: Ranks) -> None:
+        raise AssertionError
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        return [f"{index}.jpg" for index in indices]
+
+    def loss(self, indices: list[int], draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         self.seen.append(indices)
         if self.on_loss is not None:
             self.on_loss(step)
         x = torch.tensor(indices, dtype=torch.float32)[:, None].expand(-1, 3) / 31
-        x = x + torch.rand(x.shape, generator=generator)
+        x = x + draws.uniform(3)
         loss = (self.module(x) - x.sum(1, keepdim=True)).square().mean()
         return loss * (math.nan if step == self.bad_step else 1), {"extra": loss.detach()}
 
@@ -108,7 +107,7 @@ def trainer(path: Path, stage: Line, config: LoopConfig, *, new: bool = True) ->
     run = RunFolder(path)
     if new:
         run.create({"verb": "train"})
-    made = Trainer(stage, config, run, Silent(), CPU)
+    made = Trainer(stage, config, run, Silent(), Ranks())
     if not new:
         made.load(run.load_last(Silent()))
     return made
@@ -175,6 +174,8 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
     def stop_twice(step: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1.2 * _TOGETHER)
+        os.kill(os.getpid(), signal.SIGINT)
 
     made = trainer(tmp_path / "run", Line(on_loss=stop_twice), loop())
     with pytest.raises(KeyboardInterrupt):
@@ -197,7 +198,7 @@ def test_accumulated_batches_count_as_one(tmp_path: Path) -> None:
         for parameter, value in zip(again.module.parameters(), start, strict=True):
             parameter.copy_(value)
     for micro, indices in enumerate(stage.seen):
-        loss, _ = again.loss(indices, torch.Generator().manual_seed(_mix(0, _STEP, 0, micro)), 0)
+        loss, _ = again.loss(indices, Draws(mix(0, _STEP, 0, micro), range(len(indices))), 0)
         (loss / 2).backward()
     nn.utils.clip_grad_norm_(again.module.parameters(), 5.0)
     gradient = next(again.module.parameters()).grad

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -280,3 +281,33 @@ def test_other_bits_than_stored_need_latents(world: World, tmp_path: Path) -> No
         train(refused, Silent())
     allowed = transformer_options(world, tmp_path / "run", None, flip_strength=0, steps=1, data=bare.path)
     train(allowed, Silent())
+
+
+def train_as(strategy: str, out: Path) -> None:
+    recipe = resolved("tokenizer", [4, 8, 16], **{**EVERYTHING, "steps": 4, "every_bit_count": True})
+    train(TrainOptions(recipe, None, "world:40", out, device="cpu", strategy=strategy), Silent())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """What one process measures."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    train_as("ddp", out)
+    return measured(out)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_have_the_curve_of_one(
+    alone: list[dict[str, float]], tmp_path: Path, strategy: str
+) -> None:
+    """The adversary's weight and the use of the bits are those of the whole batch, before and after its first step."""
+    processes.finish(processes.start_ranks(2, train_as, strategy, tmp_path / "both"))
+    found = measured(tmp_path / "both")
+    assert [row.keys() for row in found] == [row.keys() for row in alone]
+    for ours, row in zip(found, alone, strict=True):
+        theirs = dict(row)
+        if "generator" in ours:
+            # nothing holds the discriminator's last bias: its gradient is 0 but for rounding, and AdamW steps anyway
+            assert ours.pop("generator") == pytest.approx(theirs.pop("generator"), abs=2e-2)
+            assert ours.pop("loss") == pytest.approx(theirs.pop("loss"), abs=2e-2)
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), f"step {theirs['step']}"
