@@ -91,6 +91,9 @@ class TokenizerStage:
     def names(self, indices: Sequence[int]) -> list[str]:
         return [self._pictures.name(index) for index in indices]
 
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        return self.names(indices)
+
     def ahead(self, indices: list[int]) -> None:
         self._pictures.ahead(indices)
 
