@@ -370,6 +370,7 @@ def test_train_hands_everything_over(
     more: list[str], flags: dict[str, Any], fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import bitgen_cli.presets as presets
+    from bitgen_cli.runs.start import Init
 
     (tmp_path / "manifest.json").write_text("{}")
     calls = fake("train", "train", trained())
@@ -390,6 +391,10 @@ def test_train_hands_everything_over(
         "run",
         "--init",
         "m",
+        "--init",
+        "weights.pth",
+        "--allow-init-mismatch",
+        "transformer.head",
         "--device",
         "cpu",
     ]
@@ -406,7 +411,7 @@ def test_train_hands_everything_over(
     assert options.logs == ("tensorboard", "wandb")
     assert (options.stage, options.init, options.device) == (
         "tokenizer" if "--stage" in more else None,
-        "m",
+        Init(("m", "weights.pth"), ("transformer.head",)),
         "cpu",
     )
 
