@@ -64,7 +64,10 @@ class TokenizerLoss:
     def whole(
         self, image: Tensor, found: Forward, last: nn.Conv2d, mean_over_ranks: MeanOverRanks
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss that one backward pass is for, the adversary's included where it was asked, and its detached parts.
+        """The loss that one backward pass is for, and its detached parts.
+
+        Where the adversary was asked, its gradients are in it, and its value is not: it says nothing of how far the
+        training is, and would let the loss jump when it begins.
 
         Args:
             image: (B, 3, height, width) in [-1, 1].
@@ -76,7 +79,7 @@ class TokenizerLoss:
         if found.real is None:
             return likeness + quantisation, measured
         adversarial, parts = self._adversarial(likeness, found, last, mean_over_ranks)
-        return likeness + quantisation + adversarial, measured | parts
+        return likeness + quantisation + (adversarial - adversarial.detach()), measured | parts
 
     def _adversarial(
         self, likeness: Tensor, found: Forward, last: nn.Conv2d, mean_over_ranks: MeanOverRanks

@@ -309,5 +309,4 @@ def test_two_ranks_have_the_curve_of_one(
         if "generator" in ours:
             # nothing holds the discriminator's last bias: its gradient is 0 but for rounding, and AdamW steps anyway
             assert ours.pop("generator") == pytest.approx(theirs.pop("generator"), abs=2e-2)
-            assert ours.pop("loss") == pytest.approx(theirs.pop("loss"), abs=2e-2)
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), f"step {theirs['step']}"
