@@ -205,7 +205,10 @@ def forward_loss(
     perceptual: Callable[[Tensor, Tensor], Tensor] | None,
     mean_over_ranks: MeanOverRanks,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch, with the adversary's part where the discriminator was asked, and its detached parts.
+    """The loss that one backward pass is for, and its detached parts.
+
+    Where the discriminator was asked, its gradients are in it, and its value is not: it says nothing of how far the
+    training is, and would let the loss jump when it begins.
 
     Args:
         image: (B, 3, height, width) in [-1, 1].
@@ -222,7 +225,7 @@ def forward_loss(
     loss = likeness + quantisation
     if found.real is not None:
         adversarial, parts = _adversarial(likeness, found, module, training, mean_over_ranks)
-        loss, measured = loss + adversarial, measured | parts
+        loss, measured = loss + (adversarial - adversarial.detach()), measured | parts
     return loss, measured
 
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from bitgen_cli.config import Config
 from bitgen_cli.engine import memory, training_memory
-from bitgen_cli.engine.losses import bit_loss, tokenizer_loss
+from bitgen_cli.engine.losses import bit_loss, one_rank
 from bitgen_cli.engine.rehearsal import Peak, Watched, infer, rehearsal, rehearse
 from bitgen_cli.engine.scales import Schedule, schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
-from bitgen_cli.engine.tokenizer_stage import reconstruct
+from bitgen_cli.engine.tokenizer_stage import forward_loss
+from bitgen_cli.engine.trained_tokenizer import TrainedTokenizer
 from bitgen_cli.engine.training_memory import (
     CPU,
     Layout,
@@ -122,10 +123,11 @@ def test_a_rehearsal_leaves_nothing_behind() -> None:
 
     def losses() -> list[float]:
         image = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
-        seen = reconstruct(tokenizer, image, scales, "fp32")
+        trained = TrainedTokenizer(tokenizer, None, "fp32")
+        seen = trained(image, scales, (config.model.tokenizer.bits,))
         inputs, targets = torch.zeros(1, 84, 16), torch.zeros(1, 85, 16, dtype=torch.bool)
         logits = transformer(inputs, TextFeatures(torch.zeros(1, 5, 128), (5,)), scales)
-        reconstructed = tokenizer_loss(image, *seen, training.tokenizer)[0]
+        reconstructed = forward_loss(image, seen, trained, training.tokenizer, None, one_rank)[0]
         return [reconstructed.item(), bit_loss(logits, targets, scales, training.transformer)[0].item()]
 
     for of in (tokenizer_training_memory, transformer_training_memory):
