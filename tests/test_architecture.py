@@ -14,17 +14,18 @@ import bitgen_cli
 
 PACKAGE = Path(bitgen_cli.__file__).parent
 
-BASE = {"errors", "report", "files", "config"}
+BASE = {"errors", "report", "files", "config", "place"}
 MAY_IMPORT = {
     "__main__": {"app", "errors"},
-    "app": {"presets", "config", "console", "runs", "errors"},
-    "console": {"report", "errors"},
+    "app": {"presets", "config", "console", "runs", "errors", "place"},
+    "console": {"report", "errors", "place"},
     "presets": {"config", "config_keys", "files", "errors"},
     "config_keys": {"config", "errors"},
     "config": set(),
     "report": set(),
     "files": {"errors"},
     "errors": set(),
+    "place": set(),
     "runs": {"runs", "engine", "demo", "presets", "config_keys", *BASE},
     "engine": {"engine", "demo", *BASE},
     "demo": {"demo"},

@@ -57,7 +57,8 @@ class TransformerStage:
         tokenizer: the one that made the store; draws the picture grids.
         tokenizer_file: its weights, copied into the model folder byte for byte.
         transformer: what is trained.
-        text_encoder: trained too when the configuration's source is `new`, else fixed.
+        text_encoder: trained too when the configuration's source is `new`, else fixed; None takes the store's text
+            features, which the same encoder has made.
         device: where it is computed.
 
     Raises:
@@ -72,7 +73,7 @@ class TransformerStage:
         tokenizer: Tokenizer,
         tokenizer_file: Path,
         transformer: Transformer,
-        text_encoder: TextEncoder,
+        text_encoder: TextEncoder | None,
         device: torch.device,
     ) -> None:
         training = config.training.transformer
@@ -84,7 +85,7 @@ class TransformerStage:
         self.device = device
         self.tokenizer = tokenizer.requires_grad_(False).to(device).eval()
         self.tokenizer_file = tokenizer_file
-        self.text_encoder = text_encoder.to(device).requires_grad_(False)
+        self.text_encoder = None if text_encoder is None else text_encoder.to(device).requires_grad_(False)
         self.text_is_trained = config.model.text_encoder.source == "new"
         transformer.checkpoint_activations = training.checkpoint_activations
         if training.compile:
@@ -94,7 +95,7 @@ class TransformerStage:
         trained, held_out = split(len(store), training.validation_images, training.seed)
         self.groups = grouped(trained, store.ratio)
         self._validation = chunks(grouped(held_out, store.ratio), training.batch_size)
-        self._ids = text_encoder.tokenise(store.captions)
+        self._ids = None if text_encoder is None else text_encoder.tokenise(store.captions)
         self._latents = _Latents(store, device)
         shown = next(iter(self._validation or self.groups))
         self._shown = shown[:: max(1, len(shown) // GRID_COLUMNS)][:GRID_COLUMNS]
@@ -133,7 +134,7 @@ class TransformerStage:
         captions = [self.store.captions[index] for index in self._shown]
         bits = [grid.to(self.device) for grid in self.store.bits(self._shown)]
         stored = self.tokenizer.decode_bits(bits, scales)
-        text = self._features([self._ids[index] for index in self._shown])
+        text = self._text(self._shown)
         steps = plan(self.config.sampling, len(scales))
         seeds = range(len(captions))
         drawn, _ = generate(self.module.transformer, self.tokenizer, text, scales, steps, seeds)
@@ -164,7 +165,7 @@ class TransformerStage:
         scales = self.store.schedule(self.store.ratio(indices[0]))
         targets, inputs = self._teacher(indices, scales, flips)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.precision == "bf16"):
-            text = self._features([self._ids[index] for index in indices])
+            text = self._text(indices)
             if dropped is not None:
                 text = self._drop(text, dropped)
             recomputed = self.training.checkpoint_activations
@@ -182,7 +183,13 @@ class TransformerStage:
         targets = [bits.to(self.device) for bits in self.store.bits(indices)]
         return as_positions(targets, pyramid.inputs_from_bits(targets, scales), scales)
 
-    def _features(self, ids: list[list[int]]) -> TextFeatures:
+    def _text(self, indices: list[int]) -> TextFeatures:
+        """Features of the captions: as the text encoder makes them, or as they are stored."""
+        if self.text_encoder is None or self._ids is None:
+            stored = self.store.text_features(indices)
+            assert stored is not None
+            return TextFeatures(stored.features.to(self.device), stored.lengths)
+        ids = [self._ids[index] for index in indices]
         if self.text_is_trained:
             return self.text_encoder.encode_ids(ids)
         with torch.no_grad():

@@ -78,7 +78,7 @@ def resume(
     else:
         model = load_model(run.start, parts=("tokenizer",))
         store = open_store(data, model)
-        text_encoder = text_encoder_for(config, run.start, store.captions, recipe(config, stage_name).seed)
+        text_encoder = text_encoder_for(config, run.start, store, recipe(config, stage_name).seed, report)
         parts = Parts(store, model, Transformer(config.model), text_encoder)
         stage = transformer_stage(config, parts, run, where)
     if steps is not None:

@@ -28,7 +28,7 @@ from bitgen_cli.engine.model_folder import (
     save_model,
 )
 from bitgen_cli.engine.scales import nearest_ratio, schedule
-from bitgen_cli.engine.store import MANIFEST, TokenStore
+from bitgen_cli.engine.store import TokenStore, is_store
 from bitgen_cli.engine.text import TextEncoder, load_text_encoder, new_text_encoder
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.tokenizer_stage import TokenizerStage
@@ -37,6 +37,7 @@ from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.engine.transformer_stage import TransformerStage
 from bitgen_cli.errors import UsageError
 from bitgen_cli.report import Report
+from bitgen_cli.runs.text_features import has_features_for
 
 if TYPE_CHECKING:
     from bitgen_cli.presets import Resolved
@@ -207,13 +208,13 @@ class Parts:
     Attributes:
         store: bits, captions, latents.
         model: folder and tokenizer of the model the store was made with.
-        transformer, text_encoder: with the weights the run begins with.
+        transformer, text_encoder: with the weights the run begins with; no text encoder where the store has its features.
     """
 
     store: TokenStore
     model: Model
     transformer: Transformer
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None
 
 
 def transformer_stage(config: Config, parts: Parts, run: RunFolder, device: torch.device) -> TransformerStage:
@@ -237,15 +238,24 @@ def open_store(data: str, model: Model) -> TokenStore:
     return store
 
 
-def text_encoder_for(config: Config, folder: Path | None, captions: list[str], seed: int) -> TextEncoder:
-    """The configured text encoder: fixed; or trained, from a model folder that has one, else new."""
+def text_encoder_for(
+    config: Config, folder: Path | None, store: TokenStore, seed: int, report: Report
+) -> TextEncoder | None:
+    """The configured text encoder: fixed; or trained, from a model folder that has one, else new.
+
+    None where it is fixed and the store has its features.
+    """
     length = config.model.transformer.text_length
     text = config.model.text_encoder
+    if has_features_for(store.manifest, config.model):
+        return None
+    if store.manifest.has_text:
+        report.notice(f"the text features of {store.path} were not made by {text.source} and are not used")
     if text.source != "new":
         return load_text_encoder(text.source, length, torch.device("cpu"), torch.float32)
     if folder is not None:
         return load_text_encoder(str(folder / TEXT_FOLDER), length, torch.device("cpu"), torch.float32)
-    return new_text_encoder(text, captions, length, seed)
+    return new_text_encoder(text, store.captions, length, seed)
 
 
 def _first_tokenizer(config: Config, init: str | None) -> Tokenizer:
@@ -276,7 +286,7 @@ def _first_parts(config: Config, data: str, init: str | None, report: Report) ->
         known = None
     if known is not None:
         _load_transformer(transformer, known / TRANSFORMER_FILE, model.config, config.model)
-    return Parts(store, model, transformer, text_encoder_for(config, known, store.captions, seed))
+    return Parts(store, model, transformer, text_encoder_for(config, known, store, seed, report))
 
 
 def _same_but_scales(found: ModelConfig, wanted: ModelConfig) -> bool:
@@ -324,4 +334,4 @@ def _require_tokenizer(config: Config, folder: Path) -> None:
 
 
 def stage_for(data: str) -> str:
-    return TRANSFORMER if (Path(data) / MANIFEST).is_file() else TOKENIZER
+    return TRANSFORMER if is_store(Path(data)) else TOKENIZER
