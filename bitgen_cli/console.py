@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from bitgen_cli.runs.sample import SampleResult
     from bitgen_cli.runs.tokenize import TokenizeResult
     from bitgen_cli.runs.train import TrainResult
+    from bitgen_cli.runs.verify import VerifyResult
 
 LINE_EVERY = 10.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -338,6 +339,8 @@ def show_store(result: TokenizeResult) -> None:
         "store": str(result.out),
         "pictures": f"{result.count}" + (f" ({result.added} new)" if result.added != result.count else ""),
     }
+    if result.part is not None:
+        facts["part"] = result.part + (", the store is complete" if not result.missing else "")
     if result.bad:
         facts["skipped"] = str(len(result.bad))
     if result.without_caption:
@@ -349,11 +352,30 @@ def show_store(result: TokenizeResult) -> None:
     facts["per picture"] = (
         f"{result.bits_per_image:.0f} bits, {result.bytes_per_image:.0f} bytes in the store"
     )
+    if result.text_features:
+        facts["text features"] = "of every caption"
     if result.psnr is not None and result.ssim is not None:
         facts["reconstructions"] = f"PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.3f}"
     facts["took"] = duration(result.seconds)
     if result.added:
         facts["took"] += f", {result.images_per_second:.1f} img/s"
+    _show_facts(facts)
+
+
+def show_check(result: VerifyResult) -> None:
+    """Prints whether a token store is whole to stdout, else every file that is not."""
+    if result.faults:
+        for fault in result.faults:
+            print(f"{fault.file}: {fault.reason}")
+        return
+    kept = ["bits", *(["latents"] if result.latents else []), *(["text features"] if result.text_features else [])]
+    parts = f" in {result.parts} parts" if result.parts > 1 else ""
+    facts = {
+        "store": str(result.store),
+        "verified": f"{result.count} pictures in {result.shards} shards{parts}: OK",
+        "kept": f"{', '.join(kept)}; {result.bytes} bytes",
+        "took": duration(result.seconds),
+    }
     _show_facts(facts)
 
 

@@ -37,6 +37,8 @@ _bitgen() {
         'tokenize --model') words='demo' paths=folders ;;
         'tokenize --resolution') words='0.06M 0.25M 0.60M 1M' paths= ;;
         'tokenize --reconstruct') words='' paths= ;;
+        'tokenize --verify') words='' paths=folders ;;
+        'tokenize --shard') words='' paths= ;;
         'tokenize --batch-size') words='' paths= ;;
         'tokenize --workers') words='' paths= ;;
         'tokenize --device') words='auto cpu cuda mps' paths= ;;
@@ -88,7 +90,7 @@ _bitgen() {
             case $command in
                 '') words='sample tokenize train finetune-subject gen-priors resume inspect-config' options='--version --help -h' ;;
                 sample) words='' paths= options='--model --num-images -n --prompts --seed --cfg --cfg-layer --tau --top-k --top-p --greedy --negative-prompt --aspect --resolution --subject --output -o --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --set --help -h' ;;
-                tokenize) words='' paths=folders options='--model --resolution --latents --no-latents --reconstruct --json --batch-size --workers --device --dtype --help -h' ;;
+                tokenize) words='' paths=folders options='--model --resolution --latents --no-latents --reconstruct --text-features --verify --json --shard --batch-size --workers --device --dtype --help -h' ;;
                 train) words='' paths= options='--data --out --preset --stage --init --config --set --steps --batch-size --seed --device --json --help -h' ;;
                 finetune-subject) words='' paths=folders options='--class --token --name --model --out --overwrite --merge --subject --train --prior --prior-weight --priors --flip --no-flip --resolution --preset --config --set --steps --seed --device --json --help -h' ;;
                 gen-priors) words='' paths= options='--class --count --model --template --seed --output -o --json --batch-size --device --dtype --set --help -h' ;;

@@ -208,7 +208,7 @@ class Parts:
     Attributes:
         store: bits, captions, latents.
         model: folder and tokenizer of the model the store was made with.
-        transformer, text_encoder: with the weights the run begins with; no text encoder where the store has its features.
+        transformer, text_encoder: to begin with; no text encoder where the store has its features.
     """
 
     store: TokenStore

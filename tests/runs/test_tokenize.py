@@ -95,7 +95,7 @@ def save_pictures(folder: Path, count: int) -> None:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def test_a_store_holds_what_the_tokenizer_says(tmp_path: Path, model: Path) -> None:
