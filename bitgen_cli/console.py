@@ -369,10 +369,11 @@ def show_check(result: VerifyResult) -> None:
             print(f"{fault.file}: {fault.reason}")
         return
     kept = ["bits", *(["latents"] if result.latents else []), *(["text features"] if result.text_features else [])]
-    parts = f" in {result.parts} parts" if result.parts > 1 else ""
+    shards = "1 shard" if result.shards == 1 else f"{result.shards} shards"
+    parts = f" of {result.parts} parts" if result.parts > 1 else ""
     facts = {
         "store": str(result.store),
-        "verified": f"{result.count} pictures in {result.shards} shards{parts}: OK",
+        "verified": f"{result.count} pictures in {shards}{parts}: OK",
         "kept": f"{', '.join(kept)}; {result.bytes} bytes",
         "took": duration(result.seconds),
     }

@@ -86,11 +86,14 @@ def trained() -> SimpleNamespace:
 def stored() -> SimpleNamespace:
     return SimpleNamespace(
         out=Path("store"),
+        part="2/4",
+        missing=[],
         count=12,
         added=4,
         without_caption=1,
         bad=["one"],
         ratios=[SimpleNamespace(ratio=1.0, count=12, positions=30, bits=960)],
+        text_features=True,
         bytes_per_image=130.0,
         bits_per_image=960.0,
         psnr=30.25,
@@ -149,7 +152,9 @@ def test_version(capsys: Capture) -> None:
         (["sample", "a dog", "--seed", "red"], "'--seed'"),
         (["sample", "a dog", "-n", "0"], "'--num-images' / '-n'"),
         (["sample", "a dog", "--seed"], "'--seed' requires an argument"),
-        (["tokenize", "pictures"], "'OUT'"),
+        (["tokenize", "pictures"], "needs pictures and a folder"),
+        (["tokenize", "--verify", "store", "pictures", "--no-latents"], "takes nothing else, but there is DATA, --latents"),
+        (["tokenize", "--verify", "store", "--workers", "2"], "--workers"),
         (["tokenize", "pictures", "store", "--reconstruct", "-1"], "'--reconstruct'"),
         (["train", "--preset", "demo", "--data", "store"], "'--out'"),
         (["resume"], "'RUN'"),
@@ -300,7 +305,7 @@ def test_tokenize_hands_everything_over(fake: Fake, capsys: Capture) -> None:
     calls = fake("tokenize", "tokenize", stored())
     line = (
         "tokenize world:9 store --model m --batch-size 4 --no-latents --reconstruct 2 --resolution 1M "
-        "--device cpu --dtype fp32 --workers 3"
+        "--device cpu --dtype fp32 --workers 3 --shard 2/4 --text-features"
     )
     assert main(line.split()) == 0
     assert calls[0][0] == TokenizeOptions(
@@ -314,8 +319,11 @@ def test_tokenize_hands_everything_over(fake: Fake, capsys: Capture) -> None:
         device="cpu",
         dtype="fp32",
         workers=3,
+        shard="2/4",
+        text_features=True,
     )
     shown = capsys.readouterr().out
+    assert "2/4, the store is complete" in shown
     assert "12 (4 new)" in shown
     assert "PSNR 30.25 dB" in shown
 

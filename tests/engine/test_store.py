@@ -69,7 +69,7 @@ def fill(writer: StoreWriter, count: int = 6, cell: int = 1, bits: int = 11, bat
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize("cell", [1, 2])
