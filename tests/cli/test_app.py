@@ -153,7 +153,7 @@ def test_version(capsys: Capture) -> None:
         (["sample", "a dog", "-n", "0"], "'--num-images' / '-n'"),
         (["sample", "a dog", "--seed"], "'--seed' requires an argument"),
         (["tokenize", "pictures"], "needs pictures and a folder"),
-        (["tokenize", "--verify", "store", "pictures", "--no-latents"], "takes nothing else, but there is DATA, --latents"),
+        (["tokenize", "--verify", "store", "pictures", "--no-latents"], "nothing else, but there is DATA, --latents"),
         (["tokenize", "--verify", "store", "--workers", "2"], "--workers"),
         (["tokenize", "pictures", "store", "--reconstruct", "-1"], "'--reconstruct'"),
         (["train", "--preset", "demo", "--data", "store"], "'--out'"),
