@@ -476,8 +476,10 @@ def _derived(convs: Sequence[_Conv], number: int) -> int:
     total = 0
     for conv in convs:
         wide = min(conv.before, conv.after) >= LEAST_CHANNELS and conv.pixels >= LEAST_POSITIONS
-        if conv.doubles or (conv.normed and wide and number == FP32):
+        if conv.doubles:
             total += 16 * conv.before * conv.after
+        elif conv.normed and wide and number == FP32:
+            total += 36 * conv.before * conv.after
     return total
 
 

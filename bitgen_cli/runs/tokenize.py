@@ -12,7 +12,7 @@ import torch
 
 from bitgen_cli.config import ModelConfig
 from bitgen_cli.engine.data import open_source
-from bitgen_cli.engine.device import pick_device, pick_dtype
+from bitgen_cli.engine.device import keep_freed_memory, pick_device, pick_dtype
 from bitgen_cli.engine.model_folder import find_model, load_model
 from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
 from bitgen_cli.engine.store import TokenStore
@@ -133,6 +133,8 @@ def tokenize(options: TokenizeOptions, report: Report) -> TokenizeResult:
     """
     share = _share(options.shard)
     device = _pick_device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     model = load_model(find_model(options.model), device=device, parts=("tokenizer",))
     assert model.tokenizer is not None
     codec = Codec(model.tokenizer, device, pick_dtype(options.dtype, device))
