@@ -42,9 +42,9 @@ NAMED = 10
 """Bad pictures named one by one; further ones are only counted."""
 READ_TOGETHER = 8
 """Pictures that a reading process hands over at once."""
-TOGETHER = 1 << 18
+TOGETHER = 1 << 16
 """Pixels that a CPU's thread encodes together: few enough to stay near the processor."""
-ACTIVATIONS = 8 << 30
+ACTIVATIONS = 4 << 30
 """Bytes that the threads of a CPU may take together; with larger pictures there are fewer threads."""
 _PR_SET_PDEATHSIG = 1
 
@@ -156,7 +156,8 @@ class _Encoders:
             for weight in codec.tokenizer.parameters():
                 if weight.ndim == 4:  # as the pictures are laid out
                     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-            widest = 4 * 4 * codec.tokenizer.config.base_channels * pixels
+            # four tensors of the widest layer in float32
+            widest = 4 * 4 * codec.tokenizer.config.base_channels * max(pixels, TOGETHER)
             self._count = max(1, min(self._cores, ACTIVATIONS // widest))
             self._at_once = max(1, TOGETHER // pixels)
         self._pool = ThreadPoolExecutor(self._count)

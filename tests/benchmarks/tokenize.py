@@ -44,7 +44,7 @@ from bitgen_cli.runs.tokenize import TokenizeOptions, tokenize
 
 GOAL = 3.0
 SIZES = [(512, 512), (640, 480), (768, 512), (800, 800), (700, 1000), (1000, 700)]
-PICTURES = {"demo": 1200, "16bit": 8}
+PICTURES = {"demo": 1200, "16bit": 12}
 """Pictures per model: some seconds' work."""
 DISTINCT = 120
 """Pictures that differ; more are the same ones again."""
