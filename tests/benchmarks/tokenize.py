@@ -98,10 +98,9 @@ def plain_encode(encoder: autoencoder.Encoder, image: Tensor) -> Tensor:
     return plain_conv(plain_activation(x, encoder.norm_out), encoder.conv_out)
 
 
-def plain_picture(path: Path, size: tuple[int, int]) -> Tensor:
+def plain_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """(1, 3, h, w) in [-1, 1]."""
     height, width = size
-    image = Image.open(path).convert("RGB")
     proportion = image.width / image.height
     if proportion <= width / height:
         scaled = (width, max(height, int(width / proportion)))
@@ -118,10 +117,10 @@ def plain_loop(files: list[Path], out: Path, tokenizer: Tokenizer, config: Model
     out.mkdir()
     started = time.perf_counter()
     for file in files:
-        with Image.open(file) as opened:
-            ratio = nearest_ratio(opened.height / opened.width, config.scales)
+        picture = Image.open(file).convert("RGB")
+        ratio = nearest_ratio(picture.height / picture.width, config.scales)
         scales = schedule(config.scales, patchify=config.transformer.patchify, ratio=ratio)
-        image = plain_picture(file, scales.pixels(config.tokenizer.patch_size))
+        image = plain_tensor(picture, scales.pixels(config.tokenizer.patch_size))
         latent = plain_encode(tokenizer.autoencoder.encoder, image).bfloat16()
         grids, _ = pyramid.encode(latent.float(), scales)
         packed = bits.pack(torch.cat([bits.to_positions(grid, scales.cell) for grid in grids], dim=1))
