@@ -86,10 +86,11 @@ def spread(weight: Tensor) -> Tensor:
     Args:
         weight: (out, in, 3, 3).
     """
+    out, channels = weight.shape[:2]
     rows = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]
-    one_way = torch.tensor(rows, dtype=torch.float64) / 24
-    wide = torch.einsum("ia,jb,ocab->ijco", one_way, one_way, weight.double())
-    return wide.flatten(0, 1).to(weight.dtype).contiguous()
+    both_ways = _both_ways(rows).double() / 24**2
+    wide = torch.mm(both_ways, weight.permute(2, 3, 1, 0).reshape(9, -1).double())
+    return wide.to(weight.dtype).view(36, channels, out)
 
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: int = TILES) -> Tensor:

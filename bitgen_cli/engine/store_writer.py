@@ -132,9 +132,15 @@ class StoreWriter:
         for shard in self.manifest.shards:
             self.done_keys.update(row.key for row in read_rows(path, shard))
 
-    def room(self, ratio: float) -> int:
-        """Pictures of that aspect ratio that still fit into the shard being filled; at least 1."""
-        return self._shard_sizes[ratio] - len(self._buffers.get(ratio, _Buffer()).keys)
+    def room(self, ratio: float, coming: int = 0) -> int:
+        """Pictures of that aspect ratio that fit into the shard being filled; at least 1.
+
+        Args:
+            ratio: a key of `schedules`.
+            coming: pictures that will be added before them.
+        """
+        size = self._shard_sizes[ratio]
+        return size - (len(self._buffers.get(ratio, _Buffer()).keys) + coming) % size
 
     def add(
         self,
@@ -175,7 +181,7 @@ class StoreWriter:
             buffer.packed.append(packed[part])
             if stored_latents is not None:
                 buffer.latents.append(stored_latents[part])
-            if not self.room(ratio):
+            if len(buffer.keys) == self._shard_sizes[ratio]:
                 self._write_shard(ratio)
             start = part.stop
 

@@ -4,12 +4,13 @@
 
 The plain loop takes one picture at a time: Pillow opens, resizes and crops it, a plain autoencoder encodes it in fp32,
 the pyramid quantises the latents, and a file of bits and latents is saved. It shares weights, pyramid and Pillow's
-filter with the engine; its autoencoder is written out here: separate normalisation, activation and convolution, as
-torch lays them out. `bitgen tokenize` reads in processes of its own, encodes batches and writes shards. Both use all cores.
+filter with the engine; its autoencoder is written out here: separate normalisation, activation and convolution, laid
+out as torch does. `bitgen tokenize` reads in processes of its own, encodes batches and writes shards. Both use all
+cores.
 
 The pictures are JPEG files of shapes and noise, 512x512 to 1000x700. Both must give the same bits, but where a value is
-so near to zero that it is rounded to the other side; how many that are is printed. The two take turns; the best of
-each counts.
+so near to zero that it is rounded to the other side; how many that are is printed. The two take turns, each in a
+process of its own; the best of each counts.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import argparse
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -41,8 +44,10 @@ from bitgen_cli.runs.tokenize import TokenizeOptions, tokenize
 
 GOAL = 3.0
 SIZES = [(512, 512), (640, 480), (768, 512), (800, 800), (700, 1000), (1000, 700)]
-PICTURES = {"demo": 600, "16bit": 6}
+PICTURES = {"demo": 1200, "16bit": 12}
 """Pictures per model: some seconds' work."""
+DISTINCT = 120
+"""Pictures that differ; more are the same ones again."""
 BATCHES = {"demo": 64, "16bit": 2}
 
 
@@ -93,10 +98,9 @@ def plain_encode(encoder: autoencoder.Encoder, image: Tensor) -> Tensor:
     return plain_conv(plain_activation(x, encoder.norm_out), encoder.conv_out)
 
 
-def plain_picture(path: Path, size: tuple[int, int]) -> Tensor:
+def plain_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """(1, 3, h, w) in [-1, 1]."""
     height, width = size
-    image = Image.open(path).convert("RGB")
     proportion = image.width / image.height
     if proportion <= width / height:
         scaled = (width, max(height, int(width / proportion)))
@@ -113,10 +117,10 @@ def plain_loop(files: list[Path], out: Path, tokenizer: Tokenizer, config: Model
     out.mkdir()
     started = time.perf_counter()
     for file in files:
-        with Image.open(file) as opened:
-            ratio = nearest_ratio(opened.height / opened.width, config.scales)
+        picture = Image.open(file).convert("RGB")
+        ratio = nearest_ratio(picture.height / picture.width, config.scales)
         scales = schedule(config.scales, patchify=config.transformer.patchify, ratio=ratio)
-        image = plain_picture(file, scales.pixels(config.tokenizer.patch_size))
+        image = plain_tensor(picture, scales.pixels(config.tokenizer.patch_size))
         latent = plain_encode(tokenizer.autoencoder.encoder, image).bfloat16()
         grids, _ = pyramid.encode(latent.float(), scales)
         packed = bits.pack(torch.cat([bits.to_positions(grid, scales.cell) for grid in grids], dim=1))
@@ -137,45 +141,47 @@ def differing(store: TokenStore, out: Path) -> float:
     return wrong / total
 
 
-def compare(name: str, folder: Path, count: int, repeat: int) -> float:
-    """How many times as many pictures a second `bitgen tokenize` makes; prints a line."""
+def measure(what: str, name: str, folder: Path) -> float:
+    """Seconds that one of the two takes in a process of its own; what it writes is in a folder of its name."""
+    shutil.rmtree(folder / what, ignore_errors=True)
+    command = [sys.executable, "-m", "tests.benchmarks.tokenize", "--child", what, name, str(folder)]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def child(what: str, name: str, folder: Path) -> float:
+    """Seconds of the plain loop or of `bitgen tokenize`, without what is loaded first."""
+    data, model, out = folder / f"pictures {name}", folder / name, folder / what
+    if what == "bitgen":
+        workers = len(os.sched_getaffinity(0))
+        options = TokenizeOptions(str(data), out, str(model), batch_size=BATCHES[name], workers=workers, device="cpu")
+        return tokenize(options, Silent()).seconds
+    loaded = load_model(model, parts=("tokenizer",))
+    assert loaded.tokenizer is not None
+    files = sorted(data.glob("*.jpg"))
+    plain_loop(files[:2], folder / "warm", loaded.tokenizer, loaded.config)
+    shutil.rmtree(folder / "warm")
+    return plain_loop(files, out, loaded.tokenizer, loaded.config)
+
+
+def compare(name: str, folder: Path, count: int, repeat: int) -> None:
+    """Prints how many times as many pictures a second `bitgen tokenize` makes."""
     config = resolve(name, environment={}).config.model
-    torch.manual_seed(0)
     tokenizer = Tokenizer(config.tokenizer)
     tokenizer.autoencoder.initialise(torch.Generator().manual_seed(0))
     save_model(folder / name, config, SamplingConfig(), tokenizer=tokenizer)
-    files = sorted((folder / "pictures").glob("*.jpg"))[:count]
-    few = folder / f"pictures {name}"
-    few.mkdir()
-    for file in files:
-        for path in (file, file.with_suffix(".txt")):
-            (few / path.name).hardlink_to(path)
-    plain_model = load_model(folder / name, parts=("tokenizer",)).tokenizer
-    assert plain_model is not None
-    cores = len(os.sched_getaffinity(0))
-    options = TokenizeOptions(
-        data=str(few),
-        out=folder / "store",
-        model=str(folder / name),
-        batch_size=BATCHES[name],
-        workers=cores,
-        device="cpu",
-    )
-    plain_loop(files[:2], folder / "warm", plain_model, config)
-    shutil.rmtree(folder / "warm")
-    plain, ours, apart = float("inf"), float("inf"), 0.0
-    for _ in range(repeat):
-        plain = min(plain, plain_loop(files, folder / "plain", plain_model, config))
-        result = tokenize(options, Silent())
-        ours = min(ours, result.seconds)
-        apart = differing(TokenStore.open(folder / "store"), folder / "plain")
-        shutil.rmtree(folder / "plain")
-        shutil.rmtree(folder / "store")
+    data = folder / f"pictures {name}"
+    data.mkdir()
+    files = sorted((folder / "pictures").glob("*.jpg"))
+    for number in range(count):
+        for suffix in (".jpg", ".txt"):
+            (data / f"{number:05d}{suffix}").hardlink_to(files[number % len(files)].with_suffix(suffix))
+    pairs = [(measure("plain", name, folder), measure("bitgen", name, folder)) for _ in range(repeat)]
+    plain, ours = (min(seconds) for seconds in zip(*pairs, strict=True))
+    apart = differing(TokenStore.open(folder / "bitgen"), folder / "plain")
     height, width = schedule(config.scales, patchify=False, ratio=1.0).pixels(config.tokenizer.patch_size)
     print(f"{name:8} {f'{height}x{width}':9} {count:8} {count / plain:8.2f} {count / ours:8.2f} {plain / ours:6.2f} "
           f"{GOAL:5.1f} {apart:12.1e}", flush=True)  # fmt: skip
     assert apart < 0.01, "they do not compute the same"
-    return plain / ours
 
 
 def main() -> None:
@@ -183,12 +189,17 @@ def main() -> None:
     parser.add_argument("--models", default="demo,16bit", metavar="NAMES", help="of demo and 16bit")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each; the fastest counts")
     parser.add_argument("--pictures", type=int, metavar="N", help="how many; without it, some seconds' work")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.child:
+        what, name, place = given.child
+        print(child(what, name, Path(place)))
+        return
     names = given.models.split(",")
     counts = {name: given.pictures or PICTURES[name] for name in names}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make_pictures(folder / "pictures", max(counts.values()))
+        make_pictures(folder / "pictures", min(DISTINCT, max(counts.values())))
         print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
         print(f"{'model':8} {'size':9} {'pictures':>8} {'plain/s':>8} {'bitgen/s':>8} {'ratio':>6} {'goal':>5} "
               f"{'other bits':>12}")  # fmt: skip

@@ -184,6 +184,17 @@ def test_reading_ahead_in_processes_changes_nothing(tmp_path: Path, model: Path)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+def test_threads_that_encode_at_the_same_time_change_nothing(tmp_path: Path, model: Path) -> None:
+    save_pictures(tmp_path / "data", 23)
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        tokenize(options(tmp_path / "data", tmp_path / f"{threads}", model), Silent())
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
 def test_a_reading_process_that_dies_is_one_clear_line(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
