@@ -20,6 +20,8 @@ from test_tokenize import small_shards as small_shards
 from bitgen_cli.__main__ import main
 from bitgen_cli.config import Config, ModelConfig, SamplingConfig
 from bitgen_cli.engine import text as text_module
+from bitgen_cli.engine.checkpoint import RunFolder
+from bitgen_cli.engine.draws import Draws
 from bitgen_cli.engine.model_folder import save_model
 from bitgen_cli.engine.store import TokenStore
 from bitgen_cli.engine.text import load_text_encoder, new_text_encoder
@@ -31,7 +33,7 @@ from bitgen_cli.runs import start, text_features
 from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.start import Init
 from bitgen_cli.runs.tokenize import tokenize
-from bitgen_cli.runs.train import TrainOptions, train
+from bitgen_cli.runs.train import TrainOptions, train, transformer_stage
 
 
 def test_parts_hold_what_one_store_holds(tmp_path: Path, model: Path) -> None:
@@ -56,6 +58,38 @@ def test_parts_hold_what_one_store_holds(tmp_path: Path, model: Path) -> None:
         ]
         # batches of other sizes may round differently
         assert min(same) > 0.9
+
+
+def test_the_report_of_a_joined_store_is_on_the_pictures_of_all_parts(tmp_path: Path, model: Path) -> None:
+    save_pictures(tmp_path / "data", 220)
+    for number in (50, 170):
+        (tmp_path / "data" / f"{number:03d}.png").write_text("no picture")
+    tokenize(options(tmp_path / "data", tmp_path / "one", model, batch_size=16), Silent())
+    for name, order in (("a", (1, 2)), ("b", (2, 1))):
+        for number in order:
+            shard = {"shard": f"{number}/2", "batch_size": 16}
+            result = tokenize(options(tmp_path / "data", tmp_path / name, model, **shard), Silent())
+            assert (result.report.found, result.report.used, len(result.report.bad)) == (110, 109, 1)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    whole, joined = (json.loads((tmp_path / name / "data_report.json").read_text()) for name in ("one", "a"))
+    assert (joined["found"], joined["used"]) == (220, 218)
+    assert [entry["key"] for entry in joined["bad"]] == ["050.png", "170.png"]
+    assert joined["cropped"] == pytest.approx(whole.pop("cropped"))
+    for bucket in whole["buckets"] + joined["buckets"]:
+        bucket["cropped"] = pytest.approx(bucket["cropped"])
+    assert {name: joined[name] for name in whole} == whole
+
+
+def test_a_part_without_its_report_is_not_joined(tmp_path: Path, model: Path) -> None:
+    tokenize(options("world:5", tmp_path / "s", model, shard="1/2"), Silent())
+    file = tmp_path / "s" / "part-1-of-2" / "data_report.json"
+    for content in ("[]", "{}", '{"bad": [1]}', '{"bad": [{"key": "a"}]}', '{"bad": 3}'):
+        file.write_text(content)
+        with pytest.raises(InputError, match="is no report on data"):
+            tokenize(options("world:5", tmp_path / "s", model, shard="2/2"), Silent())
+        assert not (tmp_path / "s" / "manifest.json").exists()
+    tokenize(options("world:5", tmp_path / "s", model, shard="1/2"), Silent())
+    assert len(TokenStore.open(tmp_path / "s")) == 5
 
 
 def test_torchrun_says_which_part(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +287,58 @@ def test_training_reads_the_features_and_loads_no_encoder(
             assert drawn.size[1] > drawn.size[0] / 8
     assert losses["kept"] == pytest.approx(losses["plain"], rel=0.01)
     assert resume(tmp_path / "run kept", Silent(), steps=1, device="cpu").steps == 4  # type: ignore[union-attr]
+
+
+def test_each_epoch_learns_from_the_features_of_another_caption(
+    tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn captions are the same with stored features as with the encoder."""
+    save_pictures(tmp_path / "data", 12)
+    rows = [
+        {"file_name": f"{number:03d}.png", "text": [f"caption {number}", "a dog", "3 2 1"][: number % 4]}
+        for number in range(12)
+    ]
+    (tmp_path / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = text_model(tmp_path / "model", encoder)
+    loop = {"steps": 40, "batch_size": 4, "precision": "fp32", "validation_images": 2, "caption_dropout": 0.0}
+    config = Config.model_validate(
+        {
+            "name": "tiny",
+            "model": {**CONFIG, "text_encoder": {"source": encoder}},
+            "training": {"transformer": {**loop, "optimizer": {"learning_rate": 0.001}}},
+        }
+    )
+    stages = []
+    for kept in (False, True):
+        out = tmp_path / str(kept)
+        tokenize(options(tmp_path / "data", out, model, text_features=kept), Silent())
+        parts, _ = start.first_parts(config, str(out), Init((str(model),)), 0, Silent())
+        assert (parts.text_encoder is None) == kept
+        stages.append(transformer_stage(config, parts, RunFolder(tmp_path / "run"), torch.device("cpu")))
+    seen: dict[int, list[list[torch.Tensor]]] = {0: [], 1: []}
+    for number, stage in enumerate(stages):
+        text = stage._text
+
+        def spy(indices: list[int], which: list[int], text: Any = text, number: int = number) -> Any:
+            found = text(indices, which)
+            seen[number].append([row[:length] for row, length in zip(found.features, found.lengths, strict=True)])
+            return found
+
+        monkeypatch.setattr(stage, "_text", spy)
+    (group,) = (group for group in stages[0].groups if stages[0].store.ratio(group[0]) == 1.0)
+    several = [len(stages[0].store.captions[index]) for index in group]
+    assert max(several) > 1
+    for step in range(0, 40, 4):
+        draws = Draws(step, range(len(group)))
+        losses = [stage.loss(group, draws, step)[0].item() for stage in stages]
+        assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    for made, stored in zip(seen[0], seen[1], strict=True):
+        for row, other in zip(made, stored, strict=True):
+            assert row.shape == other.shape
+            assert (row - other).abs().max() <= 0.01 * row.abs().max()
+    for place, count in enumerate(several):
+        drawn = {tuple(batch[place].flatten().tolist()) for batch in seen[1]}
+        assert len(drawn) == max(1, count)
 
 
 def test_features_of_another_encoder_are_not_used(tmp_path: Path, encoder: str) -> None:
