@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitgen_cli import __version__
-from bitgen_cli.errors import BitgenError, ExitCode, InputError, Interrupted, UsageError
+from bitgen_cli.errors import BitgenError, DivergedError, ExitCode, InputError, Interrupted, UsageError
 from bitgen_cli.place import place
 
 if TYPE_CHECKING:
     from bitgen_cli.runs.fitting import Fit
+    from bitgen_cli.runs.train import TrainOptions
 
 TRACEBACK = "BITGEN_TRACEBACK"
 """Environment variable: set to 1, errors come with the place in the program they come from."""
@@ -469,6 +470,10 @@ def train(
     ] = None,
     logs: Logs = None,
     dry_run: DryRun = False,
+    overfit_check: Annotated[
+        bool,
+        _flag("--overfit-check", "See whether four pictures can be memorised, PASS or FAIL, and leave nothing behind."),
+    ] = False,
     device: Device = "auto",
     devices: Devices = None,
     strategy: Strategy = "ddp",
@@ -478,7 +483,7 @@ def train(
 
     Ctrl-C finishes the step and saves; `bitgen resume` continues.
     """
-    if sweep is None and not dry_run:
+    if sweep is None and not dry_run and not overfit_check:
         _start_several(context, devices)
 
     from bitgen_cli import console
@@ -500,6 +505,8 @@ def train(
     if sweep is not None:
         from bitgen_cli.runs.sweep import SweepOptions, combinations
 
+        if dry_run or overfit_check:
+            raise UsageError("--sweep does not go with --dry-run and --overfit-check", "try one combination out")
         tried = SweepOptions("train", *_shared_words(context), tuple(overrides or ()), out, config)
         for combination in combinations(tried.overrides):
             # every mistake is told before the first run begins
@@ -524,6 +531,9 @@ def train(
         image_root=image_root,
         logs=tuple(logs or ()),
     )
+    if overfit_check:
+        _check_overfit(options, as_json=as_json)
+        return
     if dry_run:
         with console.listening() as report:
             found = try_out(options, report)
@@ -540,6 +550,24 @@ def train(
 def _shapes(text: str | None) -> tuple[str, ...]:
     """Shapes W:H with commas between them."""
     return tuple(part.strip() for part in text.split(",")) if text else ()
+
+
+def _check_overfit(options: TrainOptions, *, as_json: bool) -> None:
+    """Shows whether a few pictures can be memorised; fails when they cannot."""
+    from bitgen_cli import console
+    from bitgen_cli.runs.overfit import overfit_check
+
+    with console.listening() as report:
+        result = overfit_check(options, report)
+    if as_json:
+        console.show_json(result.to_json())
+    else:
+        console.show_tables(result.tables())
+    if not result.passed:
+        raise DivergedError(
+            f"FAIL: {len(result.pictures)} pictures were not memorised in {result.steps} steps",
+            "look at the pictures, their captions and the learning rate",
+        )
 
 
 def _show_fit(found: Fit, *, as_json: bool) -> None:
@@ -629,6 +657,8 @@ def finetune_subject(
     if sweep is not None:
         from bitgen_cli.runs.sweep import SweepOptions, subject_name
 
+        if dry_run:
+            raise UsageError("--sweep does not go with --dry-run", "try one combination out")
         if merge is not None:
             raise UsageError("--merge does not go with --sweep", "merge the best one with --subject and --merge")
         base = name or subject_name(token)

@@ -74,6 +74,7 @@ complete -c bitgen -n '__fish_seen_subcommand_from train' -l batch-size -r -f -d
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l seed -r -f -d 'Of everything random'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l log -r -f -a 'tensorboard wandb' -d 'Also log to tensorboard or wandb; may be repeated'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l dry-run -d 'Do everything up to the first step, show the memory and disk needed, leave nothing behind'
+complete -c bitgen -n '__fish_seen_subcommand_from train' -l overfit-check -d 'See whether four pictures can be memorised, PASS or FAIL, and leave nothing behind'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l device -r -f -a 'auto cpu cuda mps' -d 'auto, cpu, cuda, cuda:N or mps'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l devices -r -f -d 'Train in N processes of this machine, a GPU for each; torchrun works too'
 complete -c bitgen -n '__fish_seen_subcommand_from train' -l strategy -r -f -a 'ddp fsdp' -d 'What several processes share: ddp the pictures, fsdp also weights, gradients and optimizer state'

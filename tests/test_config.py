@@ -73,6 +73,42 @@ def test_a_whole_configuration_is_accepted() -> None:
     assert Config.model_validate(config.model_dump(mode="json")) == config
 
 
+def test_the_most_active_bits_are_predicted() -> None:
+    found = Config.model_validate(whole(model__tokenizer__active_bits=[2, 4])).model
+    assert (found.tokenizer.bit_counts, found.tokenizer.most_bits, found.bits_per_position) == ((2, 4), 4, 4)
+    assert Config.model_validate(whole()).model.tokenizer.bit_counts == (8,)
+
+
+@pytest.mark.parametrize(
+    ("scales", "recipe", "problem"),
+    [
+        (None, {"resolutions": [2, 3]}, None),
+        (None, {"resolutions": [2, 4]}, "resolutions = [2, 4]: must be numbers of scales, at most 3"),
+        (None, {"resolutions": ["0.06M"]}, 'resolutions = ["0.06M"]: must be numbers of scales, at most 3'),
+        ("1M", {"resolutions": ["0.06M", "1M"]}, None),
+        ("1M", {"resolutions": [3]}, "resolutions = [3]: must be pixel budgets: 0.06M, 0.25M, 0.60M or 1M"),
+        (None, {"scale_dropout": 0.1, "scale_dropout_keep": 3}, None),
+        (
+            None,
+            {"scale_dropout": 0.1, "scale_dropout_keep": 4},
+            "scale_dropout_keep = 4: must be at most 3, the scales there are",
+        ),
+    ],
+)
+def test_a_tokenizers_recipe_fits_the_scales(
+    scales: str | None, recipe: dict[str, Any], problem: str | None
+) -> None:
+    loop = {"steps": 1, "batch_size": 1, "optimizer": {"learning_rate": 1}}
+    values = whole(training__tokenizer={**loop, **recipe})
+    if scales is not None:
+        values["model"]["scales"] = {"published": True, "resolution": scales}
+        values["model"]["transformer"]["scale_embeddings"] = 13
+    if problem is None:
+        Config.model_validate(values)
+    else:
+        assert lines(values) == [f"training.tokenizer.{problem}"]
+
+
 def test_patchify_quadruples_the_bits() -> None:
     assert Config.model_validate(whole(model__transformer__patchify=True)).model.bits_per_position == 32
 
@@ -80,6 +116,11 @@ def test_patchify_quadruples_the_bits() -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
+        (
+            {"model__tokenizer__active_bits": [4, 2]},
+            "model.tokenizer.active_bits = [4, 2]: must be ascending, each number once",
+        ),
+        ({"model__tokenizer__active_bits": [4, 16]}, "model.tokenizer.active_bits = [4, 16]: must be at most bits 8"),
         ({"model__tokenizer__bits": 65}, "model.tokenizer.bits = 65: must be a whole number from 1 to 64"),
         ({"model__tokenizer__bits": 8.5}, "model.tokenizer.bits = 8.5: must be a whole number from 1 to 64"),
         (

@@ -80,7 +80,21 @@ def free_memory(device: torch.device) -> int | None:
     except OSError:
         return None
     available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return None if available is None or device.type != "cpu" else int(available) * 1024
+    if available is None or device.type != "cpu":
+        return None
+    limited = _left_of_group(Path("/sys/fs/cgroup"))
+    return int(available) * 1024 if limited is None else min(int(available) * 1024, limited)
+
+
+def _left_of_group(folder: Path) -> int | None:
+    """Bytes that the control group (v2) of a container still allows; None without a limit."""
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        facts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        return None if limit == "max" else max(0, int(limit) - used + int(facts.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return None
 
 
 def keep_freed_memory() -> None:

@@ -52,24 +52,30 @@ class Peak:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What a step holds.
+    """What a step holds, from one mark of its course to the next.
+
+    Within each of these windows every further block of a module adds the same: what it keeps, copies of its weights, in
+    the last one its gradients.
 
     Attributes:
-        rising: until the gradients of the last block are there: each further block adds what it keeps.
-        falling: from the first block's on: each further block adds its gradients.
+        windows: until the first block begins, the last one has ended, mixed precision is left, and the loss is there;
+            then until the gradient has passed the last block, and from the first block on.
     """
 
-    rising: Peak
-    falling: Peak
+    windows: tuple[Peak, ...]
 
     @property
     def peak(self) -> Peak:
         """Of the whole step."""
-        return self.rising.largest(self.falling)
+        found = Peak()
+        for window in self.windows:
+            found = found.largest(window)
+        return found
 
     def deeper(self, before: Rehearsed, times: int) -> Rehearsed:
         """The step of a module with as many more blocks as lie between it and `before`, `times` over."""
-        return Rehearsed(self.rising.further(before.rising, times), self.falling.further(before.falling, times))
+        pairs = zip(self.windows, before.windows, strict=True)
+        return Rehearsed(tuple(own.further(other, times) for own, other in pairs))
 
 
 class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -77,7 +83,7 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         peak: the most there was at once since the beginning.
-        since: the most since the last `mark`.
+        passed: names of the marks and the most there was before each, since the one before.
     """
 
     def __init__(self) -> None:
@@ -94,7 +100,8 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         self._share = gradient_share
         self._working, self._gradients = 0, 0.0
-        self.peak = self.since = Peak()
+        self.peak = self._since = Peak()
+        self.passed: list[tuple[str, Peak]] = []
         for key in self._known:
             self._known[key] = 0, True
         if module is not None:
@@ -121,10 +128,12 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._working -= size
             self._gradients += size * self._share
 
-    def mark(self) -> None:
-        """Begins `since` anew with what is there."""
-        self.since = Peak()
-        self._look()
+    def mark(self, name: str) -> None:
+        """Ends what is looked at since the last mark; a name that has passed is not marked again."""
+        if name not in dict(self.passed):
+            self.passed.append((name, self._since))
+            self._since = Peak()
+            self._look()
 
     def _note(self, tensor: Tensor) -> None:
         storage = _storage(tensor)
@@ -137,7 +146,7 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _look(self) -> None:
         now = Peak(self._working, self._working + round(self._gradients))
-        self.peak, self.since = self.peak.largest(now), self.since.largest(now)
+        self.peak, self._since = self.peak.largest(now), self._since.largest(now)
 
     def _forget(self, key: int) -> None:
         size, is_gradient = self._known.pop(key)
@@ -264,17 +273,10 @@ def rehearse(
         gradient_share: as in `Watched.begin`.
     """
     entered.begin(module, gradient_share)
-    risen: list[Peak] = []
 
     def gradient_is_there(parameter: Tensor) -> None:
         assert parameter.grad is not None
         entered.as_gradient(parameter.grad)
-
-    def rises_no_more(_: Tensor) -> None:
-        risen.append(entered.peak)
-
-    def falls(_: Tensor) -> None:
-        entered.mark()
 
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -283,10 +285,35 @@ def rehearse(
                 parameter.grad = torch.empty_like(parameter)
                 entered.as_gradient(parameter.grad)
     if blocks is not None:
-        blocks[-1].register_forward_pre_hook(_on_gradient_of_input(rises_no_more))
-        blocks[0].register_forward_hook(_on_gradient_of_output(falls))
-    loss().backward()  # type: ignore[no-untyped-call]
-    return Rehearsed(risen[0] if risen else entered.peak, entered.since)
+        blocks[0].register_forward_pre_hook(lambda _, inputs: entered.mark(BLOCKS))
+        blocks[-1].register_forward_hook(lambda _, inputs, output: entered.mark(ROUNDED))
+        blocks[-1].register_forward_pre_hook(lambda _, inputs: _on_gradient(inputs[0], entered, PASSED))
+        blocks[0].register_forward_hook(lambda _, inputs, output: _on_gradient(output, entered, LAST))
+    value = loss()
+    entered.mark(LOSS)
+    value.backward()  # type: ignore[no-untyped-call]
+    entered.mark(END)
+    return _windows(entered.passed)
+
+
+BLOCKS, ROUNDED, FORWARD, LOSS, PASSED, LAST, END = "blocks", "rounded", "forward", "loss", "passed", "last", "end"
+"""Marks: the first block begins, the last one has ended, the forward pass has, the loss is there; the gradient has
+passed the last block, reaches the first one's end, and is everywhere."""
+
+
+def _windows(passed: list[tuple[str, Peak]]) -> Rehearsed:
+    """The windows of a step from its marks, of which those that concern blocks or the forward pass may be missing."""
+    found = dict(passed)
+    names = list(found)
+
+    def between(start: str, end: str) -> Peak:
+        peaks = [peak for _, peak in passed[names.index(start) + 1 : names.index(end) + 1]]
+        return Rehearsed(tuple(peaks)).peak
+
+    forward = tuple(found.get(name, Peak()) for name in (BLOCKS, ROUNDED, FORWARD, LOSS))
+    climbing = between(LOSS, PASSED if PASSED in found else END)
+    falling = between(LAST if LAST in found else LOSS, END)
+    return Rehearsed((*forward, climbing, falling))
 
 
 def infer(entered: Rehearsal, module: nn.Module, work: Callable[[], Any]) -> int:
@@ -297,17 +324,7 @@ def infer(entered: Rehearsal, module: nn.Module, work: Callable[[], Any]) -> int
     return entered.peak.working
 
 
-def _on_gradient_of_input(do: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if inputs[0].requires_grad and torch.is_grad_enabled():
-            inputs[0].register_hook(do)
-
-    return hook
-
-
-def _on_gradient_of_output(do: Callable[[Tensor], None]) -> Callable[[nn.Module, Any, Tensor], None]:
-    def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-        if output.requires_grad and torch.is_grad_enabled():
-            output.register_hook(do)  # type: ignore[no-untyped-call]
-
-    return hook
+def _on_gradient(tensor: Tensor, entered: Rehearsal, name: str) -> None:
+    """Marks when a tensor's gradient is there."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        tensor.register_hook(lambda _: entered.mark(name))  # type: ignore[no-untyped-call]

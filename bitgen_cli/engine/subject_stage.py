@@ -231,6 +231,9 @@ class SubjectStage:
 
     def names(self, indices: Sequence[int]) -> list[str]:
         """The captions of these photos."""
+        return self.captions(indices)
+
+    def captions(self, indices: Sequence[int]) -> list[str]:
         return [self._photos[index].captions[0] for index in indices]
 
     def loss(self, indices: list[int], draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -91,6 +91,9 @@ class TokenizerStage:
     def names(self, indices: Sequence[int]) -> list[str]:
         return [self._pictures.name(index) for index in indices]
 
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        return self.names(indices)
+
     def ahead(self, indices: list[int]) -> None:
         self._pictures.ahead(indices)
 
@@ -123,14 +126,18 @@ class TokenizerStage:
         measured with each, as val_psnr_16_bits and so on.
         """
 
+        several = len(self.bit_counts) > 1
+
         def measure(indices: list[int], weight: float) -> dict[str, Tensor]:
             image, scales = self._images(indices)
             found: list[Reconstruction] = self._forward(image, scales, self.bit_counts).reconstructions
             mean = self._mean_over_ranks(weight)
-            likeness, quantisation, parts = picture_losses(image, found, self.training, self._perceptual, mean)
+            likeness, quantisation, parts = picture_losses(
+                image, found, self.training, self._perceptual, mean, several=several
+            )
             measured = {"val_loss": likeness + quantisation}
             for reconstruction in found:
-                shown, suffix = reconstruction.image.clamp(-1, 1), self._suffix(reconstruction)
+                shown, suffix = reconstruction.image.clamp(-1, 1), bits_suffix(reconstruction) if several else ""
                 measured[f"val_psnr{suffix}"] = psnr(image, shown).mean()
                 measured[f"val_ssim{suffix}"] = ssim(image, shown).mean()
                 measured[f"val_bit_usage{suffix}"] = parts[f"bit_usage{suffix}"]
@@ -157,10 +164,6 @@ class TokenizerStage:
     def _mean_over_ranks(self, weight: float) -> MeanOverRanks:
         """The mean of a tensor over all pictures of a batch; `weight` is that of this rank's."""
         return lambda tensor: self._ranks.mean(tensor * weight)
-
-    def _suffix(self, reconstruction: Reconstruction) -> str:
-        """Behind the names of what is measured with some number of bits, where there are several."""
-        return bits_suffix(reconstruction, len(self.bit_counts))
 
     def _images(self, indices: list[int], budget: str | int | None = None) -> tuple[Tensor, Schedule]:
         """Pictures of one aspect ratio, (B, 3, height, width) in [-1, 1], and their schedule.
@@ -202,7 +205,10 @@ def forward_loss(
     perceptual: Callable[[Tensor, Tensor], Tensor] | None,
     mean_over_ranks: MeanOverRanks,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch, with the adversary's part where the discriminator was asked, and its detached parts.
+    """The loss that one backward pass is for, and its detached parts.
+
+    Where the discriminator was asked, its gradients are in it, and its value is not: it says nothing of how far the
+    training is, and would let the loss jump when it begins.
 
     Args:
         image: (B, 3, height, width) in [-1, 1].
@@ -212,12 +218,14 @@ def forward_loss(
         perceptual: LPIPS; None without.
         mean_over_ranks: of a tensor, the mean over the processes that share a batch.
     """
-    seen = found.reconstructions
-    likeness, quantisation, measured = picture_losses(image, seen, training, perceptual, mean_over_ranks)
+    several = len(module.tokenizer.config.bit_counts) > 1
+    likeness, quantisation, measured = picture_losses(
+        image, found.reconstructions, training, perceptual, mean_over_ranks, several=several
+    )
     loss = likeness + quantisation
     if found.real is not None:
         adversarial, parts = _adversarial(likeness, found, module, training, mean_over_ranks)
-        loss, measured = loss + adversarial, measured | parts
+        loss, measured = loss + (adversarial - adversarial.detach()), measured | parts
     return loss, measured
 
 
@@ -227,8 +235,13 @@ def picture_losses(
     training: TokenizerTraining,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None,
     mean_over_ranks: MeanOverRanks,
+    *,
+    several: bool,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Losses of the reconstructions and of the bits, means over the numbers of bits, and their parts."""
+    """Losses of the reconstructions and of the bits, means over the numbers of bits, and their parts.
+
+    The names of the parts tell the number of bits where the tokenizer is used with `several`.
+    """
     likeness, quantisation = [], []
     measured: dict[str, Tensor] = {}
     for reconstruction in found:
@@ -236,14 +249,14 @@ def picture_losses(
         unfit, uses = quantiser_loss(reconstruction.latent, reconstruction.total, training, mean_over_ranks)
         likeness.append(unlike)
         quantisation.append(unfit)
-        suffix = bits_suffix(reconstruction, len(found))
+        suffix = bits_suffix(reconstruction) if several else ""
         measured |= {f"{name}{suffix}": value for name, value in (looks | uses).items()}
     return torch.stack(likeness).mean(), torch.stack(quantisation).mean(), measured
 
 
-def bits_suffix(reconstruction: Reconstruction, count: int) -> str:
-    """Behind the names of what is measured with some number of bits, where there are several."""
-    return f"_{reconstruction.latent.shape[1]}_bits" if count > 1 else ""
+def bits_suffix(reconstruction: Reconstruction) -> str:
+    """Behind the names of what is measured with this number of bits."""
+    return f"_{reconstruction.latent.shape[1]}_bits"
 
 
 def _adversarial(

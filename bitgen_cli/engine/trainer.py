@@ -72,6 +72,9 @@ class Stage(Protocol):
     def names(self, indices: Sequence[int]) -> list[str]:
         """What people call these pictures: their files."""
 
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        """What tells each of these pictures from the others for the model: a caption, or its name."""
+
     def ahead(self, indices: list[int]) -> None:
         """Learns which pictures will be asked for soon, so that they can be read beforehand."""
 
@@ -277,7 +280,7 @@ class Trainer:
         try:
             with self._stop_on_interrupt():
                 while self.progress.step < config.steps:
-                    measured = self._step()
+                    measured = self.step()
                     step, last = self.progress.step, self.progress.step == config.steps
                     if step % config.log_every == 0 or last:
                         values = self._log(measured, step - first, time.perf_counter() - started)
@@ -306,8 +309,12 @@ class Trainer:
             self._wait_for_checkpoint()
         return values
 
-    def _step(self) -> dict[str, Tensor]:
-        """One optimizer step; returns its loss and gradient norm, and what its last micro-batch measured."""
+    def step(self) -> dict[str, Tensor]:
+        """One optimizer step; returns its loss and gradient norm, and what its last micro-batch measured.
+
+        Raises:
+            DivergedError: as `fit`.
+        """
         step, config = self.progress.step, self.config
         for group in self.optimizer.param_groups:
             pace = group["pace"]

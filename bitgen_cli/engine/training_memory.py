@@ -33,7 +33,7 @@ from bitgen_cli.engine.memory import (
     text_geometry,
 )
 from bitgen_cli.engine.parts import is_trained
-from bitgen_cli.engine.rehearsal import Rehearsal, Rehearsed, infer, rehearsal, rehearse
+from bitgen_cli.engine.rehearsal import FORWARD, Rehearsal, Rehearsed, infer, rehearsal, rehearse
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.tokenizer_stage import forward_loss
@@ -200,6 +200,7 @@ def transformer_training_memory(
                 inputs, targets = _bits(rows, scales, config.model)
                 prompts = _prompts(rows, length, geometry.text_width, torch.float32, learn=learns_text)
                 logits = _forward(transformer, inputs, prompts, scales, training)
+                entered.mark(FORWARD)
                 return bit_loss(logits, targets, scales, training)[0]
 
             return _passes(entered, transformer, loss, training, layout, transformer.blocks)
@@ -260,6 +261,7 @@ def subject_training_memory(
                 inputs, targets = _bits(rows, scales, config.model)
                 prompts = _prompts(rows, text_tokens, geometry.text_width, dtype, learn=to_text)
                 logits = _forward(transformer, inputs, prompts, scales, training)
+                entered.mark(FORWARD)
                 return _subject_loss(logits, targets, scales, training)
 
             # looking at pictures without gradients holds less than drawing them
@@ -442,9 +444,9 @@ def _with_text(passes: _Passes, text: TextGeometry, kept: int, training: LoopCon
     more = kept + (layers * BYTES["bf16"] if training.precision == "bf16" else 0)
     gradients = layout.share(text.parameters * FP32)
     first = gradients if _keeps_gradients(training, layout) else 0
-    rising, falling = passes.step.rising, passes.step.falling
-    step = Rehearsed(rising.with_more(more, first), falling.with_more(more, gradients))
-    return _Passes(step, passes.looked)
+    *others, last = passes.step.windows
+    windows = (*(window.with_more(more, first) for window in others), last.with_more(more, gradients))
+    return _Passes(Rehearsed(windows), passes.looked)
 
 
 def _t5_kept(text: TextGeometry, tokens: int, precision: str) -> int:

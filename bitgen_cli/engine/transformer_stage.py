@@ -151,6 +151,9 @@ class TransformerStage:
     def names(self, indices: Sequence[int]) -> list[str]:
         return [self.store.keys[index] for index in indices]
 
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        return [self._captions[index][0] for index in indices]
+
     def ahead(self, indices: list[int]) -> None:
         """Nothing to do: a token store needs no reading ahead."""
 

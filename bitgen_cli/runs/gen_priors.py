@@ -567,6 +567,7 @@ class _Artist:
             "height": image.height,
             "ratio": self.scales.ratio,
             "resolution": None,
+            "bits": self.model.config.tokenizer.most_bits,
         }
 
 

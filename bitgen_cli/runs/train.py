@@ -117,7 +117,7 @@ def train(options: TrainOptions, report: Report) -> TrainResult:
         Interrupted: stopped by the user; the run is saved.
     """
     started = time.perf_counter()
-    stage = _checked(options)
+    stage = checked(options)
     logs = plan_logs(options.logs)
     device = prepare_device(options.device)
     with joined(options.strategy, device) as ranks:
@@ -131,8 +131,8 @@ def _train(
     config, run, data = options.resolved.config, RunFolder(options.out), _lasting(options.data)
     if ranks.first:
         run.refuse_used()
-        fit_for(options, stage, data, ranks.device).require()
-    begun = _begin(options, stage, data, run, ranks.device, report)
+        fit_for(options, stage, ranks.device).require()
+    begun = begin(options, stage, run, ranks.device, report)
     if ranks.first:
         root = options.image_root
         run.create(
@@ -164,13 +164,13 @@ def try_out(options: TrainOptions, report: Report) -> Fit:
 
     Raises: as `train`.
     """
-    stage = _checked(options)
-    device, run, data = prepare_device(options.device), RunFolder(options.out), _lasting(options.data)
+    stage = checked(options)
+    device, run = prepare_device(options.device), RunFolder(options.out)
     run.refuse_used()
     plan_logs(options.logs)
-    found = fit_for(options, stage, data, device)
+    found = fit_for(options, stage, device)
     if found.fits:
-        begun = _begin(options, stage, data, run, device, report)
+        begun = begin(options, stage, run, device, report)
         try:
             Trainer(begun.stage, recipe(options.resolved.config, stage), run, report, Ranks(device=device))
         finally:
@@ -179,9 +179,9 @@ def try_out(options: TrainOptions, report: Report) -> Fit:
     return found
 
 
-def fit_for(options: TrainOptions, stage: str, data: str, device: torch.device) -> Fit:
-    """What each rank of a stage needs to be trained on those data."""
-    config = options.resolved.config
+def fit_for(options: TrainOptions, stage: str, device: torch.device) -> Fit:
+    """What each rank of a stage needs to be trained."""
+    config, data = options.resolved.config, _lasting(options.data)
     store = TokenStore.open(Path(data)) if stage == TRANSFORMER and is_store(Path(data)) else None
     stored_text = store is not None and has_features_for(store.manifest, config.model)
 
@@ -218,7 +218,7 @@ def _kept_pictures(options: TrainOptions, data: str) -> int:
 
 
 @dataclass(frozen=True)
-class _Begun:
+class Begun:
     """A stage before its first step.
 
     Attributes:
@@ -233,7 +233,7 @@ class _Begun:
     reports: list[PartReport]
 
 
-def _checked(options: TrainOptions) -> str:
+def checked(options: TrainOptions) -> str:
     """The stage, when the options fit together."""
     stage = options.stage or stage_for(options.data)
     if stage == SUBJECT:
@@ -251,18 +251,17 @@ def _lasting(data: str) -> str:
     return data if data.startswith(WORLD) else str(Path(data).expanduser().resolve())
 
 
-def _begin(
-    options: TrainOptions, stage: str, data: str, run: RunFolder, device: torch.device, report: Report
-) -> _Begun:
-    config = options.resolved.config
+def begin(options: TrainOptions, stage: str, run: RunFolder, device: torch.device, report: Report) -> Begun:
+    """Data, weights and stage, as they are before the first step."""
+    config, data = options.resolved.config, _lasting(options.data)
     seed = recipe(config, stage).seed
     if stage == TOKENIZER:
         tokenizer, reports = first_tokenizer(config, options.init, seed, report)
         source = picture_source(config, data, options.image_root)
         announce(source, options.data, report)
-        return _Begun(TokenizerStage(config, source, tokenizer, device, report), None, source, reports)
+        return Begun(TokenizerStage(config, source, tokenizer, device, report), None, source, reports)
     parts, reports = first_parts(config, data, options.init, seed, report)
-    return _Begun(transformer_stage(config, parts, run, device), parts, None, reports)
+    return Begun(transformer_stage(config, parts, run, device), parts, None, reports)
 
 
 def fit(

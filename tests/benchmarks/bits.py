@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from bitgen_cli.engine.checkpoint import RunFolder
-from bitgen_cli.engine.data import open_source, to_float, to_tensor, to_uint8
+from bitgen_cli.engine.data import to_float, to_tensor, to_uint8
 from bitgen_cli.engine.device import keep_freed_memory
 from bitgen_cli.engine.losses import psnr, ssim
 from bitgen_cli.engine.model_folder import find_model, load_model
 from bitgen_cli.engine.scales import schedule
+from bitgen_cli.engine.sources import open_source
 from bitgen_cli.presets import resolve
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.resume import resume

@@ -121,9 +121,10 @@ def prepare(folder: Path, case: Case) -> None:
 PICTURES = 200
 
 
-def measured(folder: Path, case: Case, *, tensors: bool) -> dict[str, int]:
+def measured(folder: Path, case: Case, *, tensors: bool) -> int:
     """Runs the training in this process; bytes of its tensors, or by how much the process has grown."""
     import contextlib
+    from unittest import mock
 
     import torch
 
@@ -143,13 +144,12 @@ def measured(folder: Path, case: Case, *, tensors: bool) -> dict[str, int]:
 
     def fit_watched(self: trainer.Trainer) -> dict[str, float]:
         if watched is not None:
-            watched.mark()
+            watched.mark("before")
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         return fit(self)
 
-    trainer.Trainer.fit = fit_watched  # type: ignore[method-assign]
     report = Silent()
-    with watched or contextlib.nullcontext():
+    with watched or contextlib.nullcontext(), mock.patch.object(trainer.Trainer, "fit", fit_watched):
         if case.stage == "subject":
             finetune_subject(
                 SubjectOptions(
@@ -163,7 +163,10 @@ def measured(folder: Path, case: Case, *, tensors: bool) -> dict[str, int]:
             init = Init((str(folder / "tokenizer"),) if case.stage == "transformer" else ())
             resolved = resolve(case.preset, overrides=case.settings(), environment={})
             runs.train(runs.TrainOptions(resolved, case.stage, data, folder / "run", init, "cpu"), report)
-    return {"bytes": watched.since.step if watched is not None else resident("VmHWM") - before}
+    if watched is None:
+        return resident("VmHWM") - before
+    watched.mark("fitted")
+    return dict(watched.passed)["fitted"].step
 
 
 def resident(field: str) -> int:
@@ -218,8 +221,8 @@ def main() -> None:
         doing: dict[str, Any] = {
             "prepare": lambda: prepare(Path(folder), case),
             "estimate": lambda: estimated(case),
-            "tensors": lambda: measured(Path(folder), case, tensors=True)["bytes"],
-            "process": lambda: measured(Path(folder), case, tensors=False)["bytes"],
+            "tensors": lambda: measured(Path(folder), case, tensors=True),
+            "process": lambda: measured(Path(folder), case, tensors=False),
         }
         print(json.dumps(doing[what]()))
         return

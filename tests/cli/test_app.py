@@ -379,6 +379,7 @@ def test_train_hands_everything_over(
     more: list[str], flags: dict[str, Any], fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import bitgen_cli.presets as presets
+    from bitgen_cli.runs.start import Init
 
     (tmp_path / "manifest.json").write_text("{}")
     calls = fake("train", "train", trained())
@@ -399,6 +400,10 @@ def test_train_hands_everything_over(
         "run",
         "--init",
         "m",
+        "--init",
+        "weights.pth",
+        "--allow-init-mismatch",
+        "transformer.head",
         "--device",
         "cpu",
     ]
@@ -415,7 +420,7 @@ def test_train_hands_everything_over(
     assert options.logs == ("tensorboard", "wandb")
     assert (options.stage, options.init, options.device) == (
         "tokenizer" if "--stage" in more else None,
-        "m",
+        Init(("m", "weights.pth"), ("transformer.head",)),
         "cpu",
     )
 

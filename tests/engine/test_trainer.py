@@ -62,6 +62,9 @@ class Line:
     def names(self, indices: Sequence[int]) -> list[str]:
         return [f"{index}.jpg" for index in indices]
 
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        return self.names(indices)
+
     def loss(self, indices: list[int], draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         self.seen.append(indices)
         if self.on_loss is not None:

@@ -85,6 +85,7 @@ def test_a_preset_in_numbers() -> None:
         "bits_per_position": 32,
         "bits": 16672,
         "bits_per_pixel": 16672 / 65536,
+        "bits_with": {"32": 16672},
         "store_bytes": {"bits": 521 * 4, "latents": 32 * 16 * 16 * 2},
     }
     assert facts["scales"][3] == {
