@@ -469,7 +469,9 @@ class Trainer:
                 writing.wait()
                 if self.ranks.first:
                     folder = self.run.finish_shared(checkpoint, config.keep_last, config.keep_every)
-                    self._settle(folder, checkpoint.step, checkpoint.state["best"], improved)
+                    if improved:
+                        self.run.save_best(folder)
+                    self._settle(folder, checkpoint.step, checkpoint.state["best"])
 
             self._saving = self._background.submit(finish)
             return
@@ -479,10 +481,12 @@ class Trainer:
 
     def _leave(self, improved: bool) -> None:
         """What follows a checkpoint that is whole; done once more when a run was ended in the middle of it."""
+        folder = self.run.checkpoint(self.progress.step)
+        if improved and self.ranks.first:
+            self.run.save_best(folder)
         self._export(improved)
         if self.ranks.first:
-            step, best = self.progress.step, self.progress.to_json()["best"]
-            self._settle(self.run.checkpoint(step), step, best, improved)
+            self._settle(folder, self.progress.step, self.progress.to_json()["best"])
 
     def _export(self, improved: bool) -> None:
         if improved or self.progress.step == self.config.steps:
@@ -490,9 +494,8 @@ class Trainer:
                 if self.ranks.first:
                     self.stage.export(self.run, best=improved)
 
-    def _settle(self, folder: Path, step: int, best: float | None, improved: bool) -> None:
-        if improved:
-            self.run.save_best(folder)
+    def _settle(self, folder: Path, step: int, best: float | None) -> None:
+        """Writes state.json, the last that a save writes."""
         self.run.write_state(
             {
                 "step": step,

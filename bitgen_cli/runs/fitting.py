@@ -196,7 +196,7 @@ def fit_of(
     choices: list[Choice] = []
     for flags, other, elsewhere in _others(config, stage, layout, needed, free - data - PROGRAM, may_shard, more):
         total = needed(other, elsewhere).total + data + PROGRAM
-        if total < 0.99 * found.total:
+        if total - PROGRAM < 0.99 * (found.total - PROGRAM):
             choices.append(Choice(flags, total, total <= free))
     choices.sort(key=lambda choice: choice.total)
     return replace(found, choices=tuple(choices))

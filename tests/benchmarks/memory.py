@@ -45,8 +45,11 @@ class Case:
             short += ["prior_images=4", "other_images=4", "token_head_start=0", "views=2"]
         if self.stage == "tokenizer":
             short += ["picture_cache=0"]
-        return [o if o.startswith(("model.", "sampling.")) else f"training.{self.stage}.{o}" for o in
-                (*short, *self.overrides)]  # fmt: skip
+        given = [
+            override if override.startswith(("model.", "sampling.")) else f"training.{self.stage}.{override}"
+            for override in (*short, *self.overrides)
+        ]
+        return list({override.split("=")[0]: override for override in given}.values())
 
 
 RECOMPUTED = "checkpoint_activations=true"

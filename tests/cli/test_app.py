@@ -429,7 +429,7 @@ def test_training_tells_what_it_reached(fake: Fake, capsys: Capture) -> None:
     calls = fake("resume", "resume", trained())
     assert main(["resume", "run", "--steps", "3", "--device", "cpu", "--log", "wandb"]) == 0
     assert calls[0][0] == Path("run")
-    assert calls[0][-1] == {"steps": 3, "device": "cpu", "logs": ("wandb",)}
+    assert calls[0][-1] == {"steps": 3, "device": "cpu", "strategy": "ddp", "logs": ("wandb",)}
     shown = capsys.readouterr().out
     assert "run/model" in shown
     assert "held-out loss          0.2500\n" in shown

@@ -146,7 +146,8 @@ def test_further_blocks_add_what_a_rehearsal_with_all_of_them_finds(
     few = ("training.transformer.batch_size=2", "model.transformer.depth=5", *changes)
     found = estimate(transformer_training_memory, *few)
     monkeypatch.setattr(training_memory, "_deep", lambda of, depth: of(depth))
-    assert found == estimate(transformer_training_memory, *few)
+    whole = estimate(transformer_training_memory, *few)
+    assert found.to_json() == pytest.approx(whole.to_json(), rel=0.01)
 
 
 def test_fewer_scales_hold_as_much(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,7 +211,7 @@ def test_a_doomed_training_is_refused_before_anything_is_built(
     (broken / TOKENIZER_FILE).write_bytes(b"")  # would be met on the way
     options = replace(options_for(stage, data, tmp_path / "run", broken), init=Init((str(broken),)))
     for start in (train, lambda options, report: try_out(options, report).require()):
-        with pytest.raises(ResourceError, match=rf"stage {stage} needs about .* --batch-size 1 --set"):
+        with pytest.raises(ResourceError, match=rf"stage {stage} needs about .*--batch-size 1 --set"):
             start(options, Silent())
     assert not (tmp_path / "run").exists()
 
