@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitgen_cli import __version__
-from bitgen_cli.errors import BitgenError, DivergedError, ExitCode, Interrupted, UsageError
+from bitgen_cli.errors import BitgenError, DivergedError, ExitCode, InputError, Interrupted, UsageError
 from bitgen_cli.place import place
 
 if TYPE_CHECKING:
@@ -300,14 +300,18 @@ def sample(
 
 @app.command(cls=_Command)
 def tokenize(
+    context: typer.Context,
     data: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="DATA",
             help="A folder of pictures or tars, a .jsonl, .csv, .json, .tar or .parquet file, or world:N.",
+            show_default=False,
         ),
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the token store.")],
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="Folder of the token store.", show_default=False)
+    ] = None,
     model: Model = "demo",
     resolution: Resolution = None,
     aspect: Aspects = None,
@@ -328,7 +332,19 @@ def tokenize(
         int,
         _option("N", "Decode N pictures again, beside their originals, and measure PSNR and SSIM.", least=0),
     ] = 0,
+    text_features: Annotated[
+        bool,
+        _flag("--text-features", "Keep what the model's text encoder makes of the captions, if it is a fixed one."),
+    ] = False,
+    verify: Annotated[
+        Path | None,
+        _option("STORE", "Read a whole store and tell whether it is what was written; nothing else is done."),
+    ] = None,
     as_json: Json = False,
+    shard: Annotated[
+        str | None,
+        _option("I/N", "Make one of N parts, which N processes can do at once; with torchrun they do.", _COMPUTING),
+    ] = None,
     batch_size: Annotated[int, _option("N", "Pictures encoded at once.", _COMPUTING, least=1)] = 32,
     workers: Annotated[int, _option("N", "Processes that read pictures ahead.", _COMPUTING, least=0)] = 0,
     device: Device = "auto",
@@ -338,6 +354,12 @@ def tokenize(
 
     Started again, it goes on where it stopped.
     """
+    if verify is not None:
+        _verify(context, verify, as_json)
+        return
+    if data is None or out is None:
+        raise UsageError("tokenize needs pictures and a folder for the store", "bitgen tokenize DATA OUT")
+
     from bitgen_cli import console
     from bitgen_cli.runs.tokenize import TokenizeOptions
     from bitgen_cli.runs.tokenize import tokenize as encode
@@ -357,8 +379,10 @@ def tokenize(
         aspects=_shapes(aspect),
         caption_key=caption_key,
         image_root=image_root,
+        shard=shard,
+        text_features=text_features,
     )
-    with console.listening() as report:
+    with console.listening(apart=True) as report:
         result = encode(options, report)
     if as_json:
         console.show_json(result.to_json())
@@ -373,6 +397,30 @@ def _start_several(context: typer.Context, devices: int | None) -> None:
     from bitgen_cli.runs.launch import launch
 
     raise typer.Exit(launch(context.obj, devices))
+
+
+def _verify(context: typer.Context, store: Path, as_json: bool) -> None:
+    """`tokenize --verify`: shows what is wrong with a store, and fails when something is."""
+    given = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is not None and source.name == "COMMANDLINE" and parameter.name not in ("verify", "as_json"):
+            given.append(parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper())
+    if given:
+        raise UsageError(f"--verify reads a store and takes nothing else, but there is {', '.join(given)}")
+
+    from bitgen_cli import console
+    from bitgen_cli.runs.verify import verify
+
+    with console.listening() as report:
+        result = verify(store, report)
+    if as_json:
+        console.show_json(result.to_json())
+    else:
+        console.show_check(result)
+    if result.faults:
+        files = "1 file" if len(result.faults) == 1 else f"{len(result.faults)} files"
+        raise InputError(f"the token store {store} is broken: {files}", "tokenize again into a new folder")
 
 
 @app.command(cls=_Command)

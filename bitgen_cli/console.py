@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from bitgen_cli.runs.sweep import SweepResult, SweepRun
     from bitgen_cli.runs.tokenize import TokenizeResult
     from bitgen_cli.runs.train import TrainResult
+    from bitgen_cli.runs.verify import VerifyResult
 
 LINE_EVERY = 10.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -67,9 +68,27 @@ _ACCURACY, _HELD_OUT = "bit_accuracy/", "val_bit_accuracy/"
 _APART = ("images_per_second", "seconds_left", "epoch")
 
 
-def listening() -> AbstractContextManager[Report]:
-    """A report on the terminal; of several processes that work together, the first alone speaks."""
-    return nullcontext(Silent()) if place().rank else ConsoleReport()
+def listening(*, apart: bool = False) -> AbstractContextManager[Report]:
+    """A report on the terminal; of several processes that work together, the first alone speaks.
+
+    Args:
+        apart: each works on a share of its own, so that the others warn too.
+    """
+    rank = place().rank
+    if not rank:
+        return ConsoleReport()
+    return nullcontext(_Warner(rank) if apart else Silent())
+
+
+class _Warner(Silent):
+    """Shows warnings alone, and who warns."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = rank
+
+    def warning(self, text: str) -> None:
+        _say(_console(sys.stderr), "warning", "yellow", f"rank {self._rank}: {text}")
 
 
 class ConsoleReport:
@@ -352,6 +371,8 @@ def show_store(result: TokenizeResult) -> None:
         "store": str(result.out),
         "pictures": f"{result.count}" + (f" ({result.added} new)" if result.added != result.count else ""),
     }
+    if result.part is not None:
+        facts["part"] = result.part + (", the store is complete" if not result.missing else "")
     if result.bad:
         facts["skipped"] = str(len(result.bad))
     facts["data"] = result.report.layout
@@ -362,6 +383,8 @@ def show_store(result: TokenizeResult) -> None:
     facts["per picture"] = (
         f"{result.bits_per_image:.0f} bits, {result.bytes_per_image:.0f} bytes in the store"
     )
+    if result.text_features:
+        facts["text features"] = "of every caption"
     if result.psnr is not None and result.ssim is not None:
         facts["reconstructions"] = f"PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.3f}"
     facts["took"] = duration(result.seconds)
@@ -422,6 +445,24 @@ def _store_tables(result: TokenizeResult) -> list[Table]:
         bad += [[f"and {more} more", "in data_report.json"]] if more > 0 else []
         tables.append(Table("skipped", ["picture", "reason"], bad))
     return tables
+
+
+def show_check(result: VerifyResult) -> None:
+    """Prints whether a token store is whole to stdout, else every file that is not."""
+    if result.faults:
+        for fault in result.faults:
+            print(f"{fault.file}: {fault.reason}")
+        return
+    kept = ["bits", *(["latents"] if result.latents else []), *(["text features"] if result.text_features else [])]
+    shards = "1 shard" if result.shards == 1 else f"{result.shards} shards"
+    parts = f" of {result.parts} parts" if result.parts > 1 else ""
+    facts = {
+        "store": str(result.store),
+        "verified": f"{result.count} pictures in {shards}{parts}: OK",
+        "kept": f"{', '.join(kept)}; {result.bytes} bytes",
+        "took": duration(result.seconds),
+    }
+    _show_facts(facts)
 
 
 def show_training(result: TrainResult) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from bitgen_cli.errors import BitgenError, InputError, ResourceError
 
 PARTIAL = ".partial"
 """Suffix of what is being written; such files are never read and may be deleted."""
+LOCK = ".lock"
+"""Name of the empty file that keeps a folder for one process (`only_writer`)."""
 HOME = "BITGEN_HOME"
 """Environment variable: another folder for what bitgen keeps of the user."""
 
@@ -98,6 +101,49 @@ def finish_folder(temporary: Path, path: Path) -> None:
     else:
         temporary.replace(path)
     _sync_folder(path.parent)
+
+
+@contextmanager
+def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keeps other processes from writing into a folder in the same way while the block runs.
+
+    The lock ends with the process, however it ends, and processes that it has started do not hold it. Where the system
+    or the file system has no locks there is none.
+
+    Args:
+        folder: made when it is not there.
+        wait: for another process that writes there.
+
+    Raises:
+        InputError: another process writes there and is not waited for, or it may not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("ab")
+    except OSError as error:
+        raise explain(error, folder, "write") from error
+    with file:
+        try:
+            import fcntl
+
+            # not flock: that is kept by forked readers, which outlive a killed process by seconds
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except ImportError:
+            pass
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise InputError(f"another process is writing to {folder}", "wait for it, or stop it") from error
+        yield
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file as 64 hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -35,7 +35,7 @@ def kinds() -> dict[str, Kind]:
     """What each metavar of bitgen_cli/app.py stands for."""
     presets = tuple(preset_names())
     free = ("N", "P", "SEED", "NUMBERS", "TEXT", "W:H", "KEY=VALUE", "PROMPT...", "WORD", "TOKEN", "NAME", "WEIGHT")
-    free += ("SHAPES", "FIELD")
+    free += ("SHAPES", "FIELD", "I/N")
     anything = {name: Kind() for name in free}
     return anything | {
         "PRESET": Kind(presets),

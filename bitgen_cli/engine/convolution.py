@@ -2,7 +2,7 @@
 
 Two forms equal the plain one up to rounding. Where weights learn, or on a GPU, the plain form is the faster one.
 
-- Winograd's F(2x2, 3x3) (Lavin and Gray 2015, arXiv 1509.09308, section 4.1): 16 products for four pixels, not 36.
+- Winograd's F(4x4, 3x3) (Lavin and Gray 2015, arXiv 1509.09308, section 4.3): 36 products for sixteen pixels, not 144.
 - Nearest x2, then 3x3, as one transposed convolution: of the nine pixels a window covers only four differ.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 LEAST_CHANNELS, LEAST_POSITIONS = 128, 1024
 """Below these Winograd's transforms cost more than the products they save."""
-WORKSPACE = 32 << 20
-"""Bytes of products that are worked on at once: smaller bands wait for each other, larger ones gained nothing."""
+TILES = 112
+"""Tiles that are worked on at once: enough for full products, few enough to stay near the processor."""
 
 
 def only_infers(x: Tensor) -> bool:
@@ -60,11 +60,10 @@ class Conv3(_InferringConv3):
         super().__init__(channels_in, channels_out, spread)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        large = min(self.weight.shape[:2]) >= LEAST_CHANNELS and height * width >= LEAST_POSITIONS
-        even = height % 2 == 0 and width % 2 == 0
+        positions = x.shape[2] * x.shape[3]
+        large = min(self.weight.shape[:2]) >= LEAST_CHANNELS and positions >= LEAST_POSITIONS
         exact = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if large and even and exact and only_infers(x) and not self.weight.requires_grad:
+        if large and exact and only_infers(x) and not self.weight.requires_grad:
             return winograd(x, self._made.of(self.weight), self.bias)
         return super().forward(x)
 
@@ -82,78 +81,67 @@ class DoublingConv3(_InferringConv3):
 
 
 def spread(weight: Tensor) -> Tensor:
-    """Weights (4, 4, out, in) of the products: G w G^T of Lavin and Gray, with
-
-        G = [[1, 0, 0], [1/2, 1/2, 1/2], [1/2, -1/2, 1/2], [0, 0, 1]].
+    """Weights (36, in, out) of the products: G w G^T of Lavin and Gray, section 4.3.
 
     Args:
         weight: (out, in, 3, 3).
     """
-
-    def outwards(w: Tensor) -> Tensor:
-        """(3, ...) to (4, ...)."""
-        ends, middle = (w[0] + w[2]) / 2, w[1] / 2
-        return torch.stack((w[0], ends + middle, ends - middle, w[2]))
-
-    rows = outwards(weight.permute(2, 3, 0, 1))
-    return outwards(rows.transpose(0, 1)).transpose(0, 1).contiguous()
+    out, channels = weight.shape[:2]
+    rows = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]
+    both_ways = _both_ways(rows).double() / 24**2
+    wide = torch.mm(both_ways, weight.permute(2, 3, 1, 0).reshape(9, -1).double())
+    return wide.to(weight.dtype).view(36, channels, out)
 
 
-def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, workspace: int = WORKSPACE) -> Tensor:
-    """3x3 convolution with padding 1 by Winograd's F(2x2, 3x3), channels-last.
+def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: int = TILES) -> Tensor:
+    """3x3 convolution with padding 1 by Winograd's F(4x4, 3x3), channels-last.
 
     Args:
-        x: (B, in, height, width) float32, both even.
-        weight: (4, 4, out, in) from `spread`.
+        x: (B, in, height, width) float32.
+        weight: (36, in, out) from `spread`.
         bias: (out,).
-        workspace: bytes of products at once; the picture is worked on in bands of rows.
+        tiles: of 4x4 pixels that are worked on at once: several pictures together, or one in bands of rows.
 
     Returns:
         (B, out, height, width).
     """
     batch, channels, height, width = x.shape
-    out, tiles = weight.shape[2], width // 2
-    padded = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
-    result = x.new_empty((batch, height, width, out))
-    band = max(1, min(height // 2, workspace // (16 * 4 * max(channels, out) * tiles * batch)))
-    for top in range(0, height, 2 * band):
-        rows = min(2 * band, height - top)
-        window = padded[:, top : top + rows + 2]
-        seen = _inwards(_inwards(window, 1, rows), 3, width)
-        # the second row's and column's product is in all four pixels, once
-        products = [
-            [_product(seen[j, i], weight[i, j], bias if i == j == 1 else None) for j in range(4)] for i in range(4)
-        ]
-        target = result[:, top : top + rows]
-        by_row = [_outwards(*(products[i][j] for i in range(4))) for j in range(4)]
-        for i in range(2):
-            target[:, i::2, 0::2], target[:, i::2, 1::2] = _outwards(*(by_row[j][i] for j in range(4)))
-    return result.permute(0, 3, 1, 2)
+    out = weight.shape[2]
+    down, across = -(-height // 4), -(-width // 4)
+    padded = F.pad(x, (1, 1 + 4 * across - width, 1, 1 + 4 * down - height)).permute(0, 2, 3, 1)
+    result = x.new_empty((batch, 4 * down, 4 * across, out))
+    rows = max(1, min(down, tiles // across))
+    together = max(1, tiles // (down * across))
+    for first in range(0, batch, together):
+        for top in range(0, down, rows):
+            part = slice(first, first + together), slice(4 * top, 4 * (top + rows))
+            windows = padded[part[0], 4 * top : 4 * (top + rows) + 2].unfold(1, 6, 4).unfold(2, 6, 4)
+            places = windows.shape[:3]
+            count = places.numel()
+            seen = windows.permute(0, 1, 2, 4, 5, 3).reshape(count, 36, channels)
+            factors = torch.bmm(_INWARDS.expand(count, 36, 36), seen)
+            products = torch.bmm(factors.transpose(0, 1), weight)
+            made = torch.bmm(_OUTWARDS.expand(count, 16, 36), products.transpose(0, 1))
+            if bias is not None:
+                made.add_(bias)
+            target = result[part].view(places[0], places[1], 4, across, 4, out)
+            target.copy_(made.view(*places, 4, 4, out).transpose(2, 3))
+    return result[:, :height, :width].permute(0, 3, 1, 2)
 
 
-def _inwards(x: Tensor, dim: int, size: int) -> Tensor:
-    """B^T of Lavin and Gray along a dimension: (..., size + 2, ...) to (4, ..., size / 2, ...)."""
-    a, b, c, d = (x.narrow(dim, start, size - 1)[_every_other(dim)] for start in range(4))
-    found = a.new_empty((4, *a.shape))
-    torch.sub(a, c, out=found[0])
-    torch.add(b, c, out=found[1])
-    torch.sub(c, b, out=found[2])
-    torch.sub(b, d, out=found[3])
-    return found
+def _both_ways(rows: list[list[int]]) -> Tensor:
+    """A transform along rows and columns at once, as one matrix."""
+    one_way = torch.tensor(rows, dtype=torch.float32)
+    return torch.kron(one_way, one_way)
 
 
-def _every_other(dim: int) -> tuple[slice, ...]:
-    return (*[slice(None)] * dim, slice(None, None, 2))
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (B, h, w, in) times weight (out, in): (B, h, w, out), as a 1x1 convolution, which is oneDNN's."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1)
-
-
-def _outwards(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """A^T of Lavin and Gray: the two outputs of four products."""
-    return torch.add(a, b).add_(c), torch.sub(b, c).sub_(d)
+_INWARDS = _both_ways(
+    [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
+     [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
+)  # fmt: skip
+"""B^T of Lavin and Gray: 36 numbers of a 6x6 window to 36 factors."""
+_OUTWARDS = _both_ways([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+"""A^T of Lavin and Gray: 36 products to 4x4 pixels."""
 
 
 def folded(weight: Tensor) -> Tensor:

@@ -236,13 +236,13 @@ def _png_exif(file: BinaryIO) -> bytes:
 def _upright(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF orientation says; EXIF data that cannot be read turns nothing."""
     try:
-        return ImageOps.exif_transpose(image)
+        return image if image.getexif().get(_EXIF_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
     except _UNDECODABLE:
         return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as RGB, a copy of its own."""
+    """Any of Pillow's modes as RGB."""
     if image.mode.startswith("I"):
         # 16 bits of grey: Pillow's own conversion would clip instead of scale.
         deep = np.asarray(image).astype(np.int64).clip(0, 65535)
@@ -252,4 +252,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         coloured = image.convert("RGBA")
         canvas = Image.new("RGBA", coloured.size, "white")
         return Image.alpha_composite(canvas, coloured).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

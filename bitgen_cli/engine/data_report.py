@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from heapq import nsmallest
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Vocabulary
@@ -16,6 +17,7 @@ from bitgen_cli.engine.data import covering, cropped_share
 from bitgen_cli.engine.scales import aspect_of, nearest
 from bitgen_cli.engine.sources import PictureSource
 from bitgen_cli.errors import InputError
+from bitgen_cli.files import read_json
 from bitgen_cli.report import Report
 
 FILE = "data_report.json"
@@ -141,7 +143,7 @@ def data_report(
     pixels: Mapping[float, tuple[int, int]],
     captions: CaptionCounts | None = None,
 ) -> DataReport:
-    """The report on a source.
+    """The report on a source, or on a part of it.
 
     Args:
         source: the pictures.
@@ -166,7 +168,7 @@ def data_report(
         source=source.name,
         layout=source.layout,
         remarks=list(source.remarks),
-        found=len(source),
+        found=len(keys) + len(bad),
         used=len(keys),
         bad=list(bad),
         buckets=found,
@@ -207,6 +209,18 @@ def count_captions(
         longest=None if vocabulary is None else longest,
         cut_of=list(dict.fromkeys(cut))[:WORST],
     )
+
+
+def read_bad(file: Path) -> list[BadPicture]:
+    """The unreadable pictures that a report names.
+
+    Raises:
+        InputError: the file is missing, or no report.
+    """
+    try:
+        return [BadPicture(str(entry["key"]), str(entry["reason"])) for entry in read_json(file)["bad"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{file} is no report on data", "tokenize again into a new folder") from error
 
 
 def measure(source: PictureSource, report: Report) -> tuple[list[str], list[tuple[int, int]], list[BadPicture]]:

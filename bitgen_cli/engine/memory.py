@@ -237,8 +237,10 @@ def derived_weights(config: TokenizerConfig, schedule: Schedule, number: int, *,
     total = 0
     for conv in [*(_encoder_convs(config, schedule) if encoder else ()), *_decoder_convs(config, schedule)]:
         wide = min(conv.before, conv.after) >= LEAST_CHANNELS and conv.pixels >= LEAST_POSITIONS
-        if conv.doubles or (conv.normed and wide and number == FP32):
+        if conv.doubles:
             total += 16 * conv.before * conv.after
+        elif conv.normed and wide and number == FP32:
+            total += 36 * conv.before * conv.after
     return total * number
 
 

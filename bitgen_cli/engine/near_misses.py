@@ -14,7 +14,7 @@ from bitgen_cli.engine.archives import COMPRESSED
 from bitgen_cli.engine.data import SUFFIXES
 from bitgen_cli.engine.folders import NAMED, FileSource, Found, shown
 from bitgen_cli.engine.listings import METADATA, is_split
-from bitgen_cli.engine.store import MANIFEST
+from bitgen_cli.engine.store_format import MANIFEST
 from bitgen_cli.errors import InputError
 from bitgen_cli.files import explain
 
@@ -62,7 +62,8 @@ def top_level(folder: Path) -> TopLevel:
 
 def refuse_store(folder: Path) -> None:
     """Raises InputError for a folder that is a token store already."""
-    if (folder / MANIFEST).is_file() and any(folder.glob("shard-*.safetensors")):
+    places = (folder, *folder.glob("part-*-of-*"))
+    if any((place / MANIFEST).is_file() and any(place.glob("shard-*.safetensors")) for place in places):
         raise InputError(f"{folder} is a token store, not pictures", f"bitgen train --data {folder} learns from it")
 
 

@@ -8,6 +8,8 @@ transformers takes as long to import as everything else together, so it waits un
 
 from __future__ import annotations
 
+import hashlib
+import re
 import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,10 +23,14 @@ from torch import Tensor, nn
 from bitgen_cli.config import TextEncoderConfig
 from bitgen_cli.engine.transformer import TextFeatures
 from bitgen_cli.errors import InputError
+from bitgen_cli.files import explain, sha256
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+_VOCABULARIES = ("tokenizer.json", "spiece.model")
+"""Names of an encoder's files, the first that are there."""
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 WORD_START = "\u2581"
 
@@ -260,3 +266,55 @@ def _load_vocabulary(source: str) -> Vocabulary:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(source).backend_tokenizer
+
+
+def encoder_fingerprint(source: str) -> str | None:
+    """The sha256 of all that an encoder's features depend on: names and contents of configuration, weights, vocabulary.
+
+    A folder and the same files of a hub repository have the same one. Nothing is loaded or fetched.
+
+    Args:
+        source: transformers folder or hub repository.
+
+    Returns:
+        64 hexadecimal digits; None when the files are not on this machine.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    folder = Path(source) if Path(source).is_dir() else _fetched(source)
+    if folder is None:
+        return None
+    files = [folder / "config.json"]
+    for names in (_WEIGHTS, _VOCABULARIES):
+        found = next((matching for name in names if (matching := sorted(folder.glob(name)))), [])
+        if not found:
+            return None
+        files += found
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            digest.update(f"{file.name} {_sha256(file)}\n".encode())
+        except OSError as error:
+            raise explain(error, file, "read") from error
+    return digest.hexdigest()
+
+
+def _fetched(repository: str) -> Path | None:
+    """Where the hub's files of a repository are kept on this machine; None when they are not."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(repository, "config.json")
+    except HFValidationError:  # no name that a repository can have
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _sha256(file: Path) -> str:
+    """The sha256 of a file; large files of the hub are kept under that name, and need not be read."""
+    kept = file.resolve()
+    if kept.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", kept.name):
+        return kept.name
+    return sha256(file)

@@ -175,11 +175,12 @@ def tokenizer_training_memory(
 
 
 def transformer_training_memory(
-    config: Config, counts: Parameters, schedule: Schedule, layout: Layout = CPU
+    config: Config, counts: Parameters, schedule: Schedule, layout: Layout = CPU, *, stored_text: bool = False
 ) -> TrainingMemory | None:
     """Memory of stage `transformer`; None when the configuration has no recipe for it.
 
-    The tokenizer is there for picture grids; a new text encoder is trained too, another one only used.
+    The tokenizer is there for picture grids; a new text encoder is trained too, another one only used, and not there at
+    all where the store has its features (`stored_text`).
     """
     training = config.training.transformer
     if training is None:
@@ -208,7 +209,7 @@ def transformer_training_memory(
     if learns_text and text is not None:
         passes = _with_text(passes, text, rows * _t5_kept(text, length, training.precision), training, layout)
     shown = min(GRID_COLUMNS, rows) if training.validation_images else GRID_COLUMNS
-    frozen = (counts.tokenizer + (0 if learns_text else known)) * FP32
+    frozen = (counts.tokenizer + (0 if learns_text or stored_text else known)) * FP32
     if training.sample_every and layout.device.type == "cpu":
         frozen += derived_weights(config.model.tokenizer, schedule, FP32, encoder=False)
     return _memory(

@@ -92,7 +92,8 @@ class TransformerStage:
         tokenizer: the one that made the store; draws the picture grids.
         tokenizer_file: its weights, copied into the model folder byte for byte.
         transformer: what is trained.
-        text_encoder: trained too when the configuration's source is `new`, else fixed.
+        text_encoder: trained too when the configuration's source is `new`, else fixed; None takes the store's text
+            features, which the same encoder has made.
         device: where it is computed.
 
     Raises:
@@ -108,7 +109,7 @@ class TransformerStage:
         tokenizer: Tokenizer,
         tokenizer_file: Path,
         transformer: Transformer,
-        text_encoder: TextEncoder,
+        text_encoder: TextEncoder | None,
         device: torch.device,
     ) -> None:
         training = config.training.transformer
@@ -121,7 +122,7 @@ class TransformerStage:
         self.device = device
         self.tokenizer = tokenizer.requires_grad_(False).to(device).eval()
         self.tokenizer_file = tokenizer_file
-        self.text_encoder = text_encoder.to(device).requires_grad_(False)
+        self.text_encoder = None if text_encoder is None else text_encoder.to(device).requires_grad_(False)
         self.text_is_trained = config.model.text_encoder.source == "new"
         transformer.checkpoint_activations = training.checkpoint_activations
         if training.compile:
@@ -135,8 +136,10 @@ class TransformerStage:
         self._validation = chunks(grouped(held_out, store.ratio), training.batch_size)
         # a picture without captions is learned with an empty prompt
         self._captions = [captions or ("",) for captions in store.captions]
-        ids = iter(text_encoder.tokenise([text for captions in self._captions for text in captions]))
-        self._ids = [[next(ids) for _ in captions] for captions in self._captions]
+        self._ids: list[list[list[int]]] | None = None
+        if text_encoder is not None:
+            ids = iter(text_encoder.tokenise([text for captions in self._captions for text in captions]))
+            self._ids = [[next(ids) for _ in captions] for captions in self._captions]
         self._latents = _Latents(store, device)
         shown = next(iter(self._validation or self.groups))
         self._shown = shown[:: max(1, len(shown) // GRID_COLUMNS)][:GRID_COLUMNS]
@@ -165,8 +168,9 @@ class TransformerStage:
         strength = self._flip_strength(step)
         flips = flipper(strength, self.training.flip_scales, draws) if strength > 0 else None
         epoch = self._epoch(step)
-        ids = [drawn_caption(self._ids[index], self.training.seed, epoch, index) for index in indices]
-        loss, accuracy, per_scale = self._losses(indices, ids, bits, flips, dropped, self._kept_branches(draws))
+        seed, counts = self.training.seed, [len(self._captions[index]) for index in indices]
+        which = [drawn_caption(range(n), seed, epoch, index) for index, n in zip(indices, counts, strict=True)]
+        loss, accuracy, per_scale = self._losses(indices, which, bits, flips, dropped, self._kept_branches(draws))
         measured = {f"bit_accuracy/{k}": value for k, value in enumerate(accuracy.unbind())}
         return loss, measured | {f"loss/{k}": value for k, value in enumerate(per_scale.unbind())}
 
@@ -178,8 +182,7 @@ class TransformerStage:
         """
 
         def measure(indices: list[int], weight: float) -> dict[str, Tensor]:
-            ids = [self._ids[index][0] for index in indices]
-            found = {bits: self._losses(indices, ids, bits) for bits in self.bit_counts}
+            found = {bits: self._losses(indices, [0] * len(indices), bits) for bits in self.bit_counts}
             losses = {bits: loss for bits, (loss, _, _) in found.items()}
             measured = {"val_loss": torch.stack(list(losses.values())).mean()}
             if len(losses) > 1:
@@ -199,12 +202,12 @@ class TransformerStage:
         captions = [self._captions[index][0] for index in self._shown]
         bits = [grid.to(self.device) for grid in self.store.bits(self._shown)]
         stored = self.tokenizer.decode_bits(bits, scales)
-        ids = [self._ids[index][0] for index in self._shown]
-        text = self.module.features(ids) if self.text_is_trained else self.text_encoder.encode_ids(ids)
+        text = self._text(self._shown, [0] * len(self._shown))
+        features = text if isinstance(text, TextFeatures) else self.module.features(text)
         steps = plan(self.config.sampling, len(scales))
         seeds = range(len(captions))
         drawn = [
-            generate(self.module.transformer, self.tokenizer, text, scales, steps, seeds, bits=bits)[0]
+            generate(self.module.transformer, self.tokenizer, features, scales, steps, seeds, bits=bits)[0]
             for bits in self.bit_counts
         ]
         with atomic_path(file) as temporary:
@@ -235,13 +238,13 @@ class TransformerStage:
     def _losses(
         self,
         indices: list[int],
-        ids: list[list[int]],
+        which: list[int],
         bits: int,
         flips: ChangeBits | None = None,
         dropped: Tensor | None = None,
         kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, bit accuracy per scale and loss per scale of the first `bits` bits, with the tokens of captions."""
+        """Loss, bit accuracy per scale and loss per scale of the first `bits` bits, with one caption of each."""
         scales = self.store.schedule(self.store.ratio(indices[0]))
         targets, inputs = self._teacher(indices, scales, bits, flips)
         recomputed = self.training.checkpoint_activations
@@ -249,7 +252,7 @@ class TransformerStage:
             autocast(self.device, self.training.precision),
             attention(self.device, self.training.precision, scales, recomputed=recomputed),
         ):
-            logits = self._forward(inputs, self._text(ids), scales, dropped, kept)
+            logits = self._forward(inputs, self._text(indices, which), scales, dropped, kept)
         return bit_loss(logits_in_use(logits, targets.shape[-1]), targets, scales, self.training)
 
     def _teacher(
@@ -264,8 +267,18 @@ class TransformerStage:
             targets, inputs = as_positions(*pyramid.teacher_inputs(active(latent, bits), scales, flips), scales)
         return targets, widened_positions(inputs, self.module.transformer.bits_per_position)
 
-    def _text(self, ids: list[list[int]]) -> TextFeatures | list[list[int]]:
-        """What `Trained.forward` takes: features of a fixed text encoder, or token ids."""
+    def _text(self, indices: list[int], which: list[int]) -> TextFeatures | list[list[int]]:
+        """What `Trained.forward` takes: features of a fixed text encoder, made here or stored, or token ids.
+
+        Args:
+            indices: of pictures.
+            which: of each picture's captions.
+        """
+        if self.text_encoder is None or self._ids is None:
+            stored = self.store.text_features(indices, which)
+            assert stored is not None
+            return TextFeatures(stored.features.to(self.device), stored.lengths)
+        ids = [self._ids[index][caption] for index, caption in zip(indices, which, strict=True)]
         if self.text_is_trained:
             return ids
         with torch.no_grad():

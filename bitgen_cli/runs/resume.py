@@ -100,7 +100,7 @@ def _stage(
         return TokenizerStage(config, source, Tokenizer(config.model.tokenizer), where, report)
     model = load_model(run.start, parts=("tokenizer",))
     store = open_store(data, model)
-    text_encoder = text_encoder_for(config, run.start, store.texts, recipe(config, stage_name).seed)
+    text_encoder = text_encoder_for(config, run.start, store, recipe(config, stage_name).seed, report)
     parts = Parts(store, model, Transformer(config.model), text_encoder)
     return transformer_stage(config, parts, run, where)
 

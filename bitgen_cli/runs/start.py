@@ -39,6 +39,7 @@ from bitgen_cli.engine.weight_files import TOKENIZER, TRANSFORMER, PartWeights, 
 from bitgen_cli.errors import UsageError
 from bitgen_cli.files import write_json
 from bitgen_cli.report import Report
+from bitgen_cli.runs.text_features import has_features_for
 
 TEXT_ENCODER = "text_encoder"
 AVERAGED = "ema"
@@ -76,14 +77,15 @@ class Parts:
     Attributes:
         store: bits, captions, latents.
         model: folder and tokenizer of the model the store was made with.
-        transformer, text_encoder: with the weights the run begins with.
+        transformer: with the weights the run begins with.
+        text_encoder: the same; None where the store has its features.
         tokenizer_file: the tokenizer's weights in a model folder; None when they come from a published file.
     """
 
     store: TokenStore
     model: Model
     transformer: Transformer
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None
     tokenizer_file: Path | None = None
 
 
@@ -144,8 +146,8 @@ def first_parts(config: Config, data: str, init: Init, seed: int, report: Report
     text_report, folder = _text_report(config.model, source, text_source)
     reports = [found, *([] if text_report is None else [text_report])]
     _conclude(config, reports, init.allowed, report)
-    text_encoder = text_encoder_for(config, folder, store.texts, seed)
-    if text_report is not None:
+    text_encoder = text_encoder_for(config, folder, store, seed, report)
+    if text_report is not None and text_encoder is not None:
         names = sorted(text_encoder.model.state_dict())
         (text_report.new if folder is None else text_report.loaded).extend(names)
     return Parts(store, model, transformer, text_encoder, tokenizer.file(TOKENIZER_FILE)), reports
@@ -180,15 +182,24 @@ def open_store(data: str, model: Model) -> TokenStore:
     return store
 
 
-def text_encoder_for(config: Config, folder: Path | None, captions: list[str], seed: int) -> TextEncoder:
-    """The configured text encoder: fixed; or trained, from a model folder that has one, else new."""
+def text_encoder_for(
+    config: Config, folder: Path | None, store: TokenStore, seed: int, report: Report
+) -> TextEncoder | None:
+    """The configured text encoder: fixed; or trained, from a model folder that has one, else new.
+
+    None where it is fixed and the store has its features.
+    """
     length = config.model.transformer.text_length
     text = config.model.text_encoder
+    if has_features_for(store.manifest, config.model):
+        return None
+    if store.manifest.has_text:
+        report.notice(f"the text features of {store.path} were not made by {text.source} and are not used")
     if text.source != "new":
         return load_text_encoder(text.source, length, _CPU, torch.float32)
     if folder is not None:
         return load_text_encoder(str(folder / TEXT_FOLDER), length, _CPU, torch.float32)
-    return new_text_encoder(text, captions, length, seed)
+    return new_text_encoder(text, store.texts, length, seed)
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from bitgen_cli.engine.model_folder import TOKENIZER_FILE
 from bitgen_cli.engine.parallel import Ranks, joined
 from bitgen_cli.engine.scales import Schedule, buckets, budgeted, largest, nearest_ratio, ratios, schedule
 from bitgen_cli.engine.sources import WORLD, PictureSource, open_source
-from bitgen_cli.engine.store import MANIFEST, TokenStore
+from bitgen_cli.engine.store import TokenStore, is_store
 from bitgen_cli.engine.tokenizer_stage import TokenizerStage
 from bitgen_cli.engine.trainer import Stage, Trainer
 from bitgen_cli.engine.training_memory import (
@@ -38,6 +38,7 @@ from bitgen_cli.report import Report
 from bitgen_cli.runs.fitting import Fit, fit_of
 from bitgen_cli.runs.logs import logged, plan_logs
 from bitgen_cli.runs.start import NOTHING, Init, Parts, first_parts, first_tokenizer, save_report, save_start, to_json
+from bitgen_cli.runs.text_features import has_features_for
 
 if TYPE_CHECKING:
     from bitgen_cli.presets import Resolved
@@ -180,8 +181,9 @@ def try_out(options: TrainOptions, report: Report) -> Fit:
 
 def fit_for(options: TrainOptions, stage: str, device: torch.device) -> Fit:
     """What each rank of a stage needs to be trained."""
-    data = _lasting(options.data)
-    store = TokenStore.open(Path(data)) if stage == TRANSFORMER and (Path(data) / MANIFEST).is_file() else None
+    config, data = options.resolved.config, _lasting(options.data)
+    store = TokenStore.open(Path(data)) if stage == TRANSFORMER and is_store(Path(data)) else None
+    stored_text = store is not None and has_features_for(store.manifest, config.model)
 
     def needed(config: Config, layout: Layout) -> TrainingMemory:
         model = config.model
@@ -190,12 +192,14 @@ def fit_for(options: TrainOptions, stage: str, device: torch.device) -> Fit:
         if store is not None:
             shapes = [store.schedule(ratio) for ratio in known]
         longest = max(shapes, key=lambda scales: scales.positions)
-        of = tokenizer_training_memory if stage == TOKENIZER else transformer_training_memory
-        memory = of(config, parameters(model), longest, layout)
+        if stage == TOKENIZER:
+            memory = tokenizer_training_memory(config, parameters(model), longest, layout)
+        else:
+            counts = parameters(model)
+            memory = transformer_training_memory(config, counts, longest, layout, stored_text=stored_text)
         assert memory is not None
         return memory
 
-    config = options.resolved.config
     kept = kept_latents(store) if store is not None else 0
     if stage == TOKENIZER and device.type == "cpu":
         kept = _kept_pictures(options, data)
@@ -370,4 +374,4 @@ def transformer_stage(config: Config, parts: Parts, run: RunFolder, device: torc
 
 
 def stage_for(data: str) -> str:
-    return TRANSFORMER if (Path(data) / MANIFEST).is_file() else TOKENIZER
+    return TRANSFORMER if is_store(Path(data)) else TOKENIZER

@@ -101,11 +101,14 @@ def reported() -> SimpleNamespace:
 def stored() -> SimpleNamespace:
     return SimpleNamespace(
         out=Path("store"),
+        part="2/4",
+        missing=[],
         count=12,
         added=4,
         without_caption=1,
         bad=["one"],
         ratios=[SimpleNamespace(ratio=1.0, count=12, positions=30, bits=960)],
+        text_features=True,
         bytes_per_image=130.0,
         bits_per_image=960.0,
         psnr=30.25,
@@ -165,7 +168,9 @@ def test_version(capsys: Capture) -> None:
         (["sample", "a dog", "--seed", "red"], "'--seed'"),
         (["sample", "a dog", "-n", "0"], "'--num-images' / '-n'"),
         (["sample", "a dog", "--seed"], "'--seed' requires an argument"),
-        (["tokenize", "pictures"], "'OUT'"),
+        (["tokenize", "pictures"], "needs pictures and a folder"),
+        (["tokenize", "--verify", "store", "pictures", "--no-latents"], "nothing else, but there is DATA, --latents"),
+        (["tokenize", "--verify", "store", "--workers", "2"], "--workers"),
         (["tokenize", "pictures", "store", "--reconstruct", "-1"], "'--reconstruct'"),
         (["train", "--preset", "demo", "--data", "store"], "'--out'"),
         (["resume"], "'RUN'"),
@@ -316,7 +321,8 @@ def test_tokenize_hands_everything_over(fake: Fake, capsys: Capture) -> None:
     calls = fake("tokenize", "tokenize", stored())
     line = (
         "tokenize world:9 store --model m --batch-size 4 --no-latents --reconstruct 2 --resolution 1M "
-        "--device cpu --dtype fp32 --workers 3 --aspect 1:1,16:9 --caption-key blip --image-root pictures"
+        "--device cpu --dtype fp32 --workers 3 --aspect 1:1,16:9 --caption-key blip --image-root pictures "
+        "--shard 2/4 --text-features"
     )
     assert main(line.split()) == 0
     assert calls[0][0] == TokenizeOptions(
@@ -333,8 +339,11 @@ def test_tokenize_hands_everything_over(fake: Fake, capsys: Capture) -> None:
         aspects=("1:1", "16:9"),
         caption_key="blip",
         image_root=Path("pictures"),
+        shard="2/4",
+        text_features=True,
     )
     shown = capsys.readouterr().out
+    assert "2/4, the store is complete" in shown
     assert "12 (4 new)" in shown
     assert "PSNR 30.25 dB" in shown
     told = "15; 2 pictures have several; 1 picture has none; 3 are cut after 48 tokens (the longest has 70)"

@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitgen_cli.engine import pyramid
+from bitgen_cli.engine import pyramid, store_writer
 from bitgen_cli.engine.scales import Schedule
-from bitgen_cli.engine.store import StoreWriter, TokenStore
+from bitgen_cli.engine.store import TokenStore
+from bitgen_cli.engine.store_check import Fault, check_store
+from bitgen_cli.engine.store_writer import StoreWriter
 from bitgen_cli.errors import InputError, ResourceError
+from bitgen_cli.report import Silent
 
 TOKENIZER = "ab" * 32
 
@@ -72,7 +75,7 @@ def captions(number: int) -> tuple[str, ...]:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize("cell", [1, 2])
@@ -82,7 +85,7 @@ def test_bits_and_latents_come_back_exactly(tmp_path: Path, cell: int, bits: int
     fill(writer, 6, cell, bits)
     writer.finish()
     store = TokenStore.open(tmp_path / "s")
-    store.verify()
+    assert check_store(tmp_path / "s", Silent()).faults == []
     assert len(store) == 12
     assert store.ratios == [1.0, 2.0]
     for ratio in store.ratios:
@@ -233,10 +236,10 @@ def test_a_full_disk_is_said_and_loses_no_shard(tmp_path: Path, monkeypatch: pyt
     fill(writer, 4)
     assert writer.manifest.count == 8
 
-    def full(self: Path, content: bytes) -> int:
+    def full(path: Path) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(store_writer, "sha256", full)
     fill(writer, 6)
     with pytest.raises(ResourceError, match="no space left"):
         writer.finish()
@@ -304,9 +307,9 @@ def test_verify_finds_a_changed_byte(tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    store = TokenStore.open(path)
-    with pytest.raises(InputError, match=r"shard-00002\.safetensors is corrupt"):
-        store.verify()
+    TokenStore.open(path)
+    fault = Fault("shard-00002.safetensors", "its contents are not what was written")
+    assert check_store(path, Silent()).faults == [fault]
 
 
 def test_a_broken_header_and_foreign_tensors_are_refused_when_read(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from bitgen_cli.config import ModelConfig
+from bitgen_cli.config import ModelConfig, TextEncoderConfig
 from bitgen_cli.engine import pyramid
 from bitgen_cli.engine.bits import to_positions
 from bitgen_cli.engine.scales import Schedule
+from bitgen_cli.engine.text import new_text_encoder
 from bitgen_cli.engine.transformer import TextFeatures, Transformer
 
 
@@ -62,3 +65,14 @@ def random_bits(batch: int, channels: int, schedule: Schedule, seed: int = 0) ->
 def inputs(bits: list[Tensor], schedule: Schedule) -> Tensor:
     grids = pyramid.inputs_from_bits(bits, schedule)
     return torch.cat([to_positions(grid, schedule.cell) for grid in grids], dim=1)
+
+
+def text_encoder_folder(folder: Path, width: int = 16) -> Path:
+    """A transformers folder of a T5 with random weights, such as a configuration's text_encoder.source names."""
+    geometry = {"source": "new", "vocabulary": 120, "width": width, "layers": 1, "heads": 2, "ffn_width": 32}
+    captions = ["a red dog on the moon", "a cat in the snow", "a picture of a caption"]
+    encoder = new_text_encoder(TextEncoderConfig.model_validate(geometry), captions, 16, seed=0)
+    folder.mkdir(parents=True)
+    encoder.model.save_pretrained(folder)
+    encoder.vocabulary.save(str(folder / "tokenizer.json"))
+    return folder

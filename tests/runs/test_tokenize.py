@@ -18,11 +18,14 @@ from bitgen_cli.engine.losses import psnr
 from bitgen_cli.engine.model_folder import load_model, save_model
 from bitgen_cli.engine.scales import schedule
 from bitgen_cli.engine.sources import open_source
-from bitgen_cli.engine.store import StoreWriter, TokenStore
+from bitgen_cli.engine.store import TokenStore
+from bitgen_cli.engine.store_check import check_store
+from bitgen_cli.engine.store_writer import StoreWriter
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.errors import InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs import tokenize as module
+from bitgen_cli.runs.encoding import Reader
 from bitgen_cli.runs.tokenize import TokenizeOptions, tokenize
 
 NAMES = {0: "000.png", 1: "001.png", 2: "002.png"}
@@ -96,7 +99,7 @@ def save_pictures(folder: Path, count: int) -> None:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def test_a_store_holds_what_the_tokenizer_says(tmp_path: Path, model: Path) -> None:
@@ -104,7 +107,7 @@ def test_a_store_holds_what_the_tokenizer_says(tmp_path: Path, model: Path) -> N
     report = Silent()
     result = tokenize(options(tmp_path / "data", tmp_path / "s", model, latents=False), report)
     store = TokenStore.open(tmp_path / "s")
-    store.verify()
+    assert check_store(tmp_path / "s", Silent()).faults == []
     loaded = load_model(model, parts=("tokenizer",))
     assert loaded.tokenizer is not None
     assert store.manifest.tokenizer == loaded.fingerprints["tokenizer"]
@@ -158,17 +161,17 @@ def test_interrupted_and_continued_equals_straight(
     save_pictures(tmp_path / "data", 23)
     tokenize(options(tmp_path / "data", tmp_path / "straight", model), Silent())
 
-    read = module._Reader.__getitem__
+    read = Reader.__getitem__
 
     def read_or_stop(self: Any, number: int) -> Any:
         if number == stop_at:
             raise KeyboardInterrupt
         return read(self, number)
 
-    monkeypatch.setattr(module._Reader, "__getitem__", read_or_stop)
+    monkeypatch.setattr(Reader, "__getitem__", read_or_stop)
     with pytest.raises(Interrupted, match="same command"):
         tokenize(options(tmp_path / "data", tmp_path / "stopped", model), Silent())
-    monkeypatch.setattr(module._Reader, "__getitem__", read)
+    monkeypatch.setattr(Reader, "__getitem__", read)
     result = tokenize(options(tmp_path / "data", tmp_path / "stopped", model), Silent())
     assert result.count == 23
     assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
@@ -181,10 +184,21 @@ def test_reading_ahead_in_processes_changes_nothing(tmp_path: Path, model: Path)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+def test_threads_that_encode_at_the_same_time_change_nothing(tmp_path: Path, model: Path) -> None:
+    save_pictures(tmp_path / "data", 23)
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        tokenize(options(tmp_path / "data", tmp_path / f"{threads}", model), Silent())
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
 def test_a_reading_process_that_dies_is_one_clear_line(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module._Reader, "__getitem__", lambda self, number: os._exit(1))
+    monkeypatch.setattr(Reader, "__getitem__", lambda self, number: os._exit(1))
     with pytest.raises(ResourceError, match="a reading process ended"):
         tokenize(options("world:3", tmp_path / "s", model, workers=1), Silent())
 

@@ -1,0 +1,97 @@
+"""Text features beside the tokens: the captions of a store through the model's text encoder, once and for all."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from bitgen_cli.config import ModelConfig
+from bitgen_cli.engine.store_format import Manifest, StoredText, read_rows
+from bitgen_cli.engine.store_text import write_shard_text
+from bitgen_cli.engine.store_writer import StoreWriter
+from bitgen_cli.engine.text import encoder_fingerprint, load_text_encoder
+from bitgen_cli.errors import InputError, UsageError
+from bitgen_cli.report import Report
+
+
+def find_text(config: ModelConfig) -> StoredText:
+    """What the text features of a model's captions are made by. An encoder that is not here yet is fetched.
+
+    Raises:
+        UsageError: the text encoder is trained with the model.
+        InputError: it cannot be loaded.
+    """
+    source, length = config.text_encoder.source, config.transformer.text_length
+    if source == "new":
+        raise UsageError(
+            "this model trains its own text encoder (text_encoder.source: new), whose features change while it learns",
+            "leave --text-features out",
+        )
+    found = encoder_fingerprint(source)
+    if found is None:
+        load_text_encoder(source, length, torch.device("cpu"), torch.float32)
+        found = encoder_fingerprint(source)
+    if found is None:
+        raise InputError(f"the text encoder {source} has no weights of its own", "give a folder or a hub repository")
+    return StoredText(encoder=found, width=config.transformer.text_width, length=length)
+
+
+def has_features_for(manifest: Manifest, config: ModelConfig) -> bool:
+    """Whether a store's text features are those that the text encoder of a configuration makes."""
+    source = config.text_encoder.source
+    if not manifest.has_text or manifest.text is None or source == "new":
+        return False
+    transformer = config.transformer
+    expected = (encoder_fingerprint(source), transformer.text_width, transformer.text_length)
+    return (manifest.text.encoder, manifest.text.width, manifest.text.length) == expected
+
+
+def add_text_features(
+    writer: StoreWriter,
+    config: ModelConfig,
+    text: StoredText,
+    device: torch.device,
+    dtype: torch.dtype,
+    report: Report,
+    *,
+    batch_size: int,
+) -> None:
+    """Adds text features to all shards that have none.
+
+    Args:
+        writer: of a store whose shards are all written.
+        config: names the text encoder.
+        text: from `find_text`.
+        device, dtype: where and in which number type it computes.
+        report: who listens.
+        batch_size: captions encoded at once.
+
+    Raises:
+        InputError: the encoder cannot be loaded, or is not as wide as the model takes.
+        ResourceError: no space left; the shards before are safe.
+    """
+    lacking = [number for number, shard in enumerate(writer.manifest.shards) if shard.text is None]
+    if not lacking:
+        return
+    encoder = load_text_encoder(config.text_encoder.source, text.length, device, torch.float32)
+    if encoder.width != text.width:
+        raise InputError(
+            f"the text encoder {config.text_encoder.source} has {encoder.width} channels, the model takes {text.width}",
+            "set model.transformer.text_width to that of the encoder",
+        )
+    if dtype == torch.float16:
+        dtype = torch.float32  # T5's activations leave its range
+    write = partial(
+        write_shard_text,
+        encoder=encoder,
+        batch_size=batch_size,
+        autocast=lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+    )
+    with report.task("text features", sum(writer.manifest.shards[number].count for number in lacking)) as task:
+        for number in lacking:
+            shard = writer.manifest.shards[number]
+            # a picture without captions is learned with an empty prompt
+            captions = [row.captions or ("",) for row in read_rows(writer.path, shard)]
+            writer.add_text(number, text, partial(write, captions=captions))
+            task.advance(shard.count)
