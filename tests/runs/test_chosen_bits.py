@@ -23,6 +23,7 @@ from bitgen_cli.report import Silent
 from bitgen_cli.runs.inspect_config import InspectOptions, inspect
 from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.sample import SampleOptions, sample
+from bitgen_cli.runs.start import Init
 from bitgen_cli.runs.tokenize import TokenizeOptions, tokenize
 from bitgen_cli.runs.train import TrainOptions, train
 
@@ -120,7 +121,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def transformer_options(world: World, out: Path, active_bits: list[int] | None, **changes: Any) -> TrainOptions:
     data = str(changes.pop("data", world.store))
     return TrainOptions(
-        resolved("transformer", active_bits, **changes), None, data, out, str(world.tokenizer), "cpu"
+        resolved("transformer", active_bits, **changes), None, data, out, Init((str(world.tokenizer),)), "cpu"
     )
 
 
