@@ -22,6 +22,7 @@ from bitgen_cli.console import (
     TrainingPanel,
     accuracy_bar,
     duration,
+    listening,
     per_scale,
     plain_table,
     preview,
@@ -254,3 +255,18 @@ def test_bars_are_live_and_gone_at_the_end(training: bool) -> None:
     after = shown[shown.rindex("\x1b[?25h") :]
     assert "done" in after
     assert ("scale 0" in shown) == training
+
+
+def test_of_several_processes_the_first_speaks_and_those_with_a_share_of_their_own_warn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for apart, said in ((False, ""), (True, "warning: rank 2: skipped a.png\n")):
+        with listening(apart=apart) as report:
+            report.notice("reading")
+            report.warning("skipped a.png")
+            with report.task("tokenize", 3) as task:
+                task.advance()
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err) == ("", said)

@@ -181,8 +181,11 @@ def test_a_single_picture_a_zip_a_store_and_other_files(tmp_path: Path) -> None:
             open_source(str(tmp_path / name))
     store = tmp_path / "store"
     put(store, "manifest.json", "shard-00000.safetensors")
-    with pytest.raises(InputError, match="is a token store"):
-        open_source(str(store))
+    parts = tmp_path / "parts"
+    put(parts, "part-1-of-2/manifest.json", "part-1-of-2/shard-00000.safetensors")
+    for folder in (store, parts):
+        with pytest.raises(InputError, match="is a token store"):
+            open_source(str(folder))
     with pytest.raises(InputError, match="is an address"):
         open_source("https://example.org/photos")
 

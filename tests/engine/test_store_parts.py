@@ -92,6 +92,12 @@ def test_missing_and_unfinished_parts_are_named(tmp_path: Path) -> None:
     assert len(TokenStore.open(tmp_path)) == TOTAL
 
 
+def test_pictures_in_folders_named_like_parts_are_no_store(tmp_path: Path) -> None:
+    (tmp_path / "part-1-of-2").mkdir()
+    (tmp_path / "part-1-of-2" / "dog.jpg").write_bytes(b"")
+    assert not is_store(tmp_path)
+
+
 def test_more_parts_than_pictures_leave_empty_ones(tmp_path: Path) -> None:
     for number in range(1, 14):
         write_part(tmp_path, number, 13)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_tokenize import CONFIG, contents, options, save_pictures
 from test_tokenize import model as model
 from test_tokenize import small_shards as small_shards
@@ -33,7 +34,7 @@ from bitgen_cli.runs import start, text_features
 from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.start import Init
 from bitgen_cli.runs.tokenize import tokenize
-from bitgen_cli.runs.train import TrainOptions, train, transformer_stage
+from bitgen_cli.runs.train import TrainOptions, fit_for, train, transformer_stage
 
 
 def test_parts_hold_what_one_store_holds(tmp_path: Path, model: Path) -> None:
@@ -272,7 +273,7 @@ def test_training_reads_the_features_and_loads_no_encoder(
     )
 
     resolved: Any = SimpleNamespace(config=config, origins={})
-    losses = {}
+    losses, frozen = {}, {}
     for name in ("plain", "kept"):
         tokenize(options(tmp_path / "data", tmp_path / name, model, text_features=name == "kept"), Silent())
         report = Silent()
@@ -280,12 +281,15 @@ def test_training_reads_the_features_and_loads_no_encoder(
             monkeypatch.setattr(start, "load_text_encoder", lambda *given: pytest.fail("loaded"))
             monkeypatch.setattr(text_module, "load_text_encoder", lambda *given: pytest.fail("loaded"))
         given = TrainOptions(resolved, None, str(tmp_path / name), tmp_path / f"run {name}", Init((str(model),)), "cpu")
+        frozen[name] = fit_for(given, "transformer", torch.device("cpu")).memory.frozen
         result = train(given, report)
         losses[name] = result.validation["val_loss"]
         assert not any("text features" in said for said in report.notices)
         with Image.open(next((tmp_path / f"run {name}" / "samples").glob("*.png"))) as drawn:
             assert drawn.size[1] > drawn.size[0] / 8
     assert losses["kept"] == pytest.approx(losses["plain"], rel=0.01)
+    weights = load_file(Path(encoder) / "model.safetensors")
+    assert frozen["plain"] - frozen["kept"] == sum(4 * weight.numel() for weight in weights.values())
     assert resume(tmp_path / "run kept", Silent(), steps=1, device="cpu").steps == 4  # type: ignore[union-attr]
 
 

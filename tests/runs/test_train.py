@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -388,7 +388,7 @@ def test_pictures_of_an_image_root_train_and_resume(world: World, tmp_path: Path
     train(TrainOptions(recipe, None, str(file), tmp_path / "run", device="cpu", image_root=root), Silent())
     assert resume(tmp_path / "run", Silent(), steps=1, device="cpu").steps == 3  # type: ignore[union-attr]
     with pytest.raises(UsageError, match="--image-root is for pictures"):
-        train(TrainOptions(resolved("transformer"), None, str(world.store), tmp_path / "t", image_root=root), Silent())
+        train(replace(options_for("transformer", world, tmp_path / "t"), image_root=root), Silent())
 
 
 def test_each_epoch_draws_another_caption_of_a_picture(
@@ -400,17 +400,17 @@ def test_each_epoch_draws_another_caption_of_a_picture(
     captions = [(number, f"caption {place} of {number}") for number in range(1, 12) for place in range(3)]
     write_coco(tmp_path / "data" / "captions.json", names, captions)
     tokenize(TokenizeOptions(str(tmp_path / "data"), tmp_path / "s", str(world.tokenizer_run), device="cpu"), Silent())
-    seen: list[dict[int, tuple[int, ...]]] = []
+    seen: list[dict[int, int]] = []
     losses = TransformerStage._losses
 
-    def watched(self: TransformerStage, indices: list[int], ids: list[list[int]], *rest: Any) -> Any:
-        seen.append({index: tuple(tokens) for index, tokens in zip(indices, ids, strict=True)})
-        return losses(self, indices, ids, *rest)
+    def watched(self: TransformerStage, indices: list[int], which: list[int], *rest: Any) -> Any:
+        seen.append(dict(zip(indices, which, strict=True)))
+        return losses(self, indices, which, *rest)
 
     monkeypatch.setattr(TransformerStage, "_losses", watched)
     recipe = resolved("transformer", steps=9, accumulation=1, validation_images=0, sample_every=9)
     run = tmp_path / "run"
-    train(TrainOptions(recipe, None, str(tmp_path / "s"), run, str(world.tokenizer_run), "cpu"), Silent())
+    train(TrainOptions(recipe, None, str(tmp_path / "s"), run, Init((str(world.tokenizer_run),)), "cpu"), Silent())
     assert len(seen) == 9
     for index in range(12):
         learned = [batch[index] for batch in seen if index in batch]
