@@ -32,6 +32,8 @@ BUILT_IN = "demo"
 TOKENIZER_FILE = "tokenizer.safetensors"
 TRANSFORMER_FILE = "transformer.safetensors"
 TEXT_FOLDER = "text_encoder"
+_INCIDENTAL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""Values of a text encoder's configuration that say how it came to be."""
 
 
 @dataclass
@@ -225,7 +227,9 @@ def _fill(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtyp
 
 def _save_text_encoder(encoder: TextEncoder, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir()
-    encoder.model.config.to_json_file(str(folder / "config.json"))
+    # only what defines it: where it was loaded from, and as what, must not change the fingerprint
+    values = {name: value for name, value in encoder.model.config.to_diff_dict().items() if name not in _INCIDENTAL}
+    write_json(folder / "config.json", values)
     save_tensors(weights(encoder.model), folder / "model.safetensors", dtype, metadata={"format": "pt"})
     encoder.vocabulary.save(str(folder / "tokenizer.json"))
 

@@ -23,7 +23,7 @@ def server() -> ForkServerContext:
 
 def start(function: Callable[..., None], *arguments: Any, environment: Mapping[str, str] | None = None) -> BaseProcess:
     """A process that runs the function with one thread."""
-    process = server().Process(target=_run, args=(function, arguments, dict(environment or {})), daemon=True)
+    process = server().Process(target=_run, args=(function, arguments, dict(environment or {})))
     process.start()
     return process
 
