@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bitgen_cli.config import Config, LoopConfig, ModelConfig, SubjectTraining
 from bitgen_cli.engine import lora
 from bitgen_cli.engine.adversary import PatchDiscriminator
-from bitgen_cli.engine.device import DTYPES
+from bitgen_cli.engine.device import DTYPES, autocast
 from bitgen_cli.engine.losses import bit_loss, distillation_loss, one_rank
 from bitgen_cli.engine.memory import (
     BYTES,
@@ -43,7 +43,7 @@ from bitgen_cli.engine.transformer_stage import GRID_COLUMNS, SHORT, attention
 
 _ADAM = 8
 """Bytes AdamW keeps per trained parameter: two float32 averages."""
-_T5_BYTES = {"fp32": (40, 28), "bf16": (40, 14)}
+_T5_BYTES = {"fp32": (40, 28), "bf16": (40, 14), "fp16": (40, 14)}
 """Bytes kept per text token and T5 layer: for each channel of the width, and of the feed-forward width."""
 
 
@@ -418,7 +418,7 @@ def _forward(
 ) -> Tensor:
     device, precision = transformer.device, training.precision
     with (
-        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+        autocast(device, precision),
         attention(device, precision, schedule, recomputed=transformer.checkpoint_activations),
     ):
         logits: Tensor = transformer(inputs, text, schedule)
@@ -441,7 +441,7 @@ def _subject_loss(logits: Tensor, targets: Tensor, schedule: Schedule, training:
 def _with_text(passes: _Passes, text: TextGeometry, kept: int, training: LoopConfig, layout: Layout) -> _Passes:
     """The passes with those of a text encoder in front, whose activations go last and whose gradients come last."""
     layers = text.parameters - text.vocabulary * text.width
-    more = kept + (layers * BYTES["bf16"] if training.precision == "bf16" else 0)
+    more = kept + (layers * BYTES[training.precision] if training.precision != "fp32" else 0)
     gradients = layout.share(text.parameters * FP32)
     first = gradients if _keeps_gradients(training, layout) else 0
     *others, last = passes.step.windows
