@@ -355,7 +355,7 @@ def _resolve(options: SubjectOptions, model: Model, device: torch.device) -> Res
 
 
 CHOICES = ("token", "token,lora", "token,cross,ffn", "all")
-"""What the memory is told of besides the choice that was made."""
+"""What the memory is told of besides the choice that was made, where that takes more than half of what is free."""
 
 
 def _fit(
@@ -392,9 +392,12 @@ def _fit(
         p.nbytes for part in (model.transformer, model.text_encoder, model.tokenizer) if part for p in part.parameters()
     )
     found = fit_of(config, SUBJECT, layout, needed, run.path, returns=loaded, more=more)
-    others = {choice: with_recipe(config, SUBJECT, train=choice.split(",")) for choice in CHOICES if choice != name}
-    told = [f"{choice} {size(needed(other, layout).total)}" for choice, other in others.items()]
-    report.notice(f"memory for --train {name}: about {size(found.memory.total)}; it would be {', '.join(told)}")
+    told = f"memory for --train {name}: about {size(found.memory.total)}"
+    if found.free is not None and 2 * found.memory.total > found.free - PROGRAM:
+        others = {choice: with_recipe(config, SUBJECT, train=choice.split(",")) for choice in CHOICES if choice != name}
+        needs = [f"{choice} {size(needed(other, layout).total)}" for choice, other in others.items()]
+        told += f"; it would be {', '.join(needs)}"
+    report.notice(told)
     if found.free is None:
         return found, AT_ONCE
     # everything but the step is there while pictures are drawn

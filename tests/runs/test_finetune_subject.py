@@ -25,6 +25,7 @@ from bitgen_cli.engine.subject import HEADER, PREFIX, ROW, START, Worn, find_sub
 from bitgen_cli.engine.subject_stage import likeliest
 from bitgen_cli.errors import BitgenError, ConfigError, InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
+from bitgen_cli.runs import fitting
 from bitgen_cli.runs.finetune_subject import (
     SubjectOptions,
     SubjectResult,
@@ -32,6 +33,7 @@ from bitgen_cli.runs.finetune_subject import (
     finetune_subject,
     merge_subject,
 )
+from bitgen_cli.runs.fitting import PROGRAM
 from bitgen_cli.runs.gen_priors import PriorOptions, gen_priors, read_manifest
 from bitgen_cli.runs.inspect_config import InspectOptions, inspect
 from bitgen_cli.runs.resume import resume
@@ -652,11 +654,22 @@ def test_a_doomed_run_is_refused_before_anything_is_made(
     assert not home.exists()
 
 
-def test_the_memory_of_other_choices_is_told(model: Path, photos: Path) -> None:
-    report = Silent()
-    learn(model, photos, report, flags={"steps": 1, "prior": "none"})
-    (told,) = [notice for notice in report.notices if notice.startswith("memory for --train token,cross,ffn: about ")]
-    assert all(choice in told for choice in ("token,lora ", "token ", "all "))
+def test_the_memory_of_other_choices_is_told_where_it_is_scarce(
+    model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(free: int | None) -> tuple[str, int]:
+        monkeypatch.setattr(fitting, "free_memory", lambda device: free)
+        report, out = Silent(), Path(str(free))
+        learn(model, photos, report, flags={"steps": 1, "prior": "none"}, overwrite=True, out=out)
+        (line,) = [line for line in report.notices if line.startswith("memory for --train token,cross,ffn: about ")]
+        return line, inspect(InspectOptions(str(out)), Silent()).facts["memory"]["training"]["subject"]["total"]
+
+    line, needed = told(None)
+    assert "it would be" not in line
+    line, _ = told(PROGRAM + needed * 3 // 2)
+    assert all(choice in line for choice in ("token,lora ", "token ", "all "))
+    line, _ = told(PROGRAM + needed * 3)
+    assert "it would be" not in line
 
 
 def test_a_subject_can_be_inspected(model: Path, photos: Path) -> None:
