@@ -36,7 +36,7 @@ class Codec:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def latent(self, pixels: Tensor) -> Tensor:
         """Latents (B, bits, H, W) float32 of pictures (B, 3, h, w) uint8."""
         with self.autocast():
