@@ -494,12 +494,14 @@ def train(
     given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": seed}
     flags: dict[str, Any] = {}
     if aspect is not None or any(value is not None for value in given.values()):
-        from bitgen_cli.runs.train import TRANSFORMER, stage_for
+        section = stage
+        if stage is None or (aspect is not None and stage == "transformer"):
+            from bitgen_cli.runs.train import stage_for
 
-        usual = stage_for(data)
-        section = stage or usual
-        if aspect is not None and section == usual == TRANSFORMER:
-            raise UsageError("--aspect is for pictures", "a token store has the shapes `bitgen tokenize` was told")
+            usual = stage_for(data)
+            section = stage or usual
+            if aspect is not None and section == usual == "transformer":
+                raise UsageError("--aspect is for pictures", "a token store has the shapes `bitgen tokenize` was told")
         given["aspects"] = None if aspect is None else list(_shapes(aspect))
         flags = {f"training.{section}.{name}": value for name, value in given.items() if value is not None}
     if sweep is not None:
