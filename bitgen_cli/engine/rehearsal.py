@@ -236,9 +236,12 @@ def rehearsal(device: torch.device) -> Iterator[Rehearsal]:
 
     A device that this torch cannot stand in for is taken as a CPU.
     """
-    known = device.type == "cuda" and torch.cuda.is_available()
+    standing = torch.device("cpu")
+    if device.type == "cuda" and torch.cuda.is_available():
+        # autograd wants to know which one
+        standing = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     try:
-        with Rehearsal(device if known else torch.device("cpu")) as entered:
+        with Rehearsal(standing) as entered:
             yield entered
     finally:
         _forget_kept()

@@ -45,6 +45,9 @@ from bitgen_cli.engine.transformer_stage import GRID_COLUMNS, SHORT, attention
 
 _ADAM = 8
 """Bytes AdamW keeps per trained parameter: two float32 averages."""
+_BLAS_WORKSPACE = {9: 32 << 20, 10: 32 << 20}
+_BLAS_WORKSPACE_ELSE = 8_519_680
+"""Bytes torch gives cuBLAS on a GPU, by the major number of its capability (torch: ATen/cuda/CublasHandlePool.cpp)."""
 _T5_BYTES = {"fp32": (40, 28), "bf16": (40, 14), "fp16": (40, 14)}
 """Bytes kept per text token and T5 layer: for each channel of the width, and of the feed-forward width."""
 
@@ -87,6 +90,7 @@ class TrainingMemory:
         average: averaged weights; 0 without.
         frozen: weights of the parts that are only used.
         gathered: where ranks divide the weights, those of one block and its gradients, whole; else 0.
+        workspace: of a GPU's matrix products; 0 elsewhere.
         activations: what a micro-batch holds at its peak, bfloat16 copies of weights included.
         step: activations and gradients at their common peak; without accumulation the ones come as the others go.
         validation: gradients, weights put aside while averaged ones are looked at, and pictures without gradients.
@@ -100,6 +104,7 @@ class TrainingMemory:
     average: int
     frozen: int
     gathered: int
+    workspace: int
     activations: int
     step: int
     validation: int
@@ -109,7 +114,7 @@ class TrainingMemory:
     @property
     def total(self) -> int:
         """The peak of everything."""
-        kept = self.weights + self.optimizer + self.average + self.frozen + self.gathered
+        kept = self.weights + self.optimizer + self.average + self.frozen + self.gathered + self.workspace
         return kept + max(self.step, self.validation, self.drawing, self.encoding)
 
     def to_json(self) -> dict[str, int]:
@@ -124,6 +129,7 @@ LABELS = {
     "average": "Averaged weights",
     "frozen": "Weights only used",
     "gathered": "One block of all ranks",
+    "workspace": "Work space of matrix products",
     "activations": "Activations of a micro-batch",
     "step": "Gradients and activations at once",
     "validation": "While validating",
@@ -243,6 +249,7 @@ def transformer_training_memory(
         passes=passes,
         drawn=_drawing(config.model, counts, schedule, FP32, shown) if training.sample_every else None,
         frozen=frozen,
+        workspace=_workspace(layout.device),
     )
     # pictures are tokenized for the validation too, when weights are put aside
     return replace(memory, encoding=memory.weights + memory.average + encoded) if encoded else memory
@@ -309,6 +316,7 @@ def subject_training_memory(
         passes=passes,
         drawn=subject_drawing(config, counts, schedule, layout, at_once),
         frozen=kept,
+        workspace=_workspace(layout.device),
     )
     # the base model's values are kept beside the trained ones
     return replace(memory, weights=2 * memory.weights)
@@ -332,6 +340,7 @@ def _memory(
     passes: _Passes,
     drawn: int | None,
     frozen: int = 0,
+    workspace: int = 0,
 ) -> TrainingMemory:
     """The parts of a stage that trains so many parameters.
 
@@ -341,6 +350,7 @@ def _memory(
         passes: on each rank.
         drawn: bytes a picture grid holds; None when none is drawn.
         frozen: bytes of weights that are only used.
+        workspace: bytes that libraries hold.
     """
     weights = layout.share(trained * FP32)
     average = weights if training.ema_decay else 0
@@ -352,11 +362,20 @@ def _memory(
         average=average,
         frozen=frozen,
         gathered=2 * block * FP32 if layout.sharded else 0,
+        workspace=workspace,
         activations=passes.step.peak.working,
         step=passes.step.peak.step,
         validation=between + passes.looked,
         drawing=0 if drawn is None else between + drawn,
     )
+
+
+def _workspace(device: torch.device) -> int:
+    """Bytes that matrix products keep on a GPU."""
+    if device.type != "cuda":
+        return 0
+    major = torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 0
+    return _BLAS_WORKSPACE.get(major, _BLAS_WORKSPACE_ELSE)
 
 
 # -- rehearsals --------------------------------------------------------------------------------------------------------
@@ -413,7 +432,7 @@ def _encoding(
     threads = min(division.threads, -(-rows // at_once))
     with rehearsal(layout.device) as entered:
         tokenizer = Tokenizer(model.tokenizer).requires_grad_(False)
-        codec = Codec(tokenizer, model.tokenizer.most_bits, layout.device, dtype)
+        codec = Codec(tokenizer, model.tokenizer.most_bits, next(tokenizer.parameters()).device, dtype)
 
         def encode() -> Tensor:
             return codec.latent(torch.empty(at_once, 3, height, width, dtype=torch.uint8))

@@ -1,11 +1,11 @@
 """What bits buy: tokenizers of 16, 32 and 64 bits, and one used with each of these numbers, on pictures held out.
 
-    python -m tests.benchmarks.bits [--runs FOLDER] [--steps N] [--pictures N] [--json]
+    python -m tests.benchmarks.bits [--runs FOLDER] [--steps N] [--pictures N] [--device NAME] [--json]
 
 All are trained by the recipe of preset demo on the same pictures in the same order, each seen once at most; those of
 the elastic one are decoded with every number of bits (`every_bit_count`), or with one that is drawn per batch. Runs are
-kept in FOLDER: what is finished there is measured, what was stopped goes on. Measured is on pictures of another seed of
-the demo world, whole and rounded to 8 bits as a picture file holds them.
+kept in FOLDER: what is finished there is measured, what was stopped goes on. Measured is on the CPU, on pictures of
+another seed of the demo world, whole and rounded to 8 bits as a picture file holds them.
 
 Ends with 1 where more bits do not show better.
 """
@@ -86,17 +86,18 @@ class Row:
     each: tuple[float, ...]
 
 
-def trained(name: str, folder: Path, steps: int) -> Path:
+def trained(name: str, folder: Path, steps: int, device: str, workers: int) -> Path:
     """The run of that name: finished already, resumed, or begun."""
     run = folder / name
     state = run / "state.json"
     if not state.is_file():
-        overrides = [*TRAININGS[name], *RECIPE, f"training.tokenizer.steps={steps}"]
+        length = (f"training.tokenizer.steps={steps}", f"training.tokenizer.workers={workers}")
+        resolved = resolve("demo", overrides=[*TRAININGS[name], *RECIPE, *length])
         say(f"{name}: training")
-        train(TrainOptions(resolve("demo", overrides=overrides), None, TRAINING, run, device="cpu"), Silent())
+        train(TrainOptions(resolved, None, TRAINING, run, device=device), Silent())
     elif not json.loads(state.read_text())["finished"]:
         say(f"{name}: training goes on")
-        resume(run, Silent(), device="cpu")
+        resume(run, Silent(), device=device)
     return run
 
 
@@ -193,13 +194,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/bits"), help="where the trainings are kept")
     parser.add_argument("--steps", type=int, default=1500, help="of each training that is begun")
+    parser.add_argument("--device", default="cpu", help="that trains")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw pictures for each training")
     parser.add_argument("--pictures", type=int, default=1000, help="held out, that are measured")
     parser.add_argument("--only", default=",".join(TRAININGS), help="names of trainings, with commas")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    runs = [trained(name, args.runs, args.steps) for name in args.only.split(",")]
+    runs = [trained(name, args.runs, args.steps, args.device, args.workers) for name in args.only.split(",")]
     model = resolve("demo").config.model
     side = schedule(model.scales, patchify=False).pixels(model.tokenizer.patch_size)[0]
     pixels = held_out(args.pictures, side)

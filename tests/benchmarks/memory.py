@@ -1,18 +1,20 @@
-"""Memory of real trainings beside what engine/training_memory.py says they take, on this machine's CPU.
+"""Memory of real trainings beside what engine/training_memory.py says they take.
 
-    python -m tests.benchmarks.memory                # all of them, some minutes
-    python -m tests.benchmarks.memory demo subject   # those with such words in their names
+    python -m tests.benchmarks.memory                  # all of them, some minutes
+    python -m tests.benchmarks.memory demo subject     # those with such words in their names
+    python -m tests.benchmarks.memory --device cuda
 
 Every training is run twice, each time in a process of its own, for two steps with a validation, a picture grid and a
 checkpoint: once every tensor is counted as long as it lives, once the process is looked at from outside (the growth of
 its resident memory, of which libraries, kernels' work space and what the allocator wastes are a part). The estimate is
-of the first.
+of the first. On a GPU it is run once: torch's allocator says what all tensors took at most, and what it held for them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -93,7 +95,7 @@ CASES = [
 ]  # fmt: skip
 
 
-def prepare(folder: Path, case: Case) -> None:
+def prepare(folder: Path, case: Case, device: str) -> None:
     """What the training starts from: a token store and the fresh tokenizer that made it, or photos."""
     import random
 
@@ -117,15 +119,18 @@ def prepare(folder: Path, case: Case) -> None:
         tokenizer = Tokenizer(config.model.tokenizer)
         tokenizer.autoencoder.initialise(torch.Generator().manual_seed(0))
         save_model(folder / "tokenizer", config.model, config.sampling, tokenizer=tokenizer)
-        made = TokenizeOptions(f"world:{PICTURES}", folder / "store", str(folder / "tokenizer"), device="cpu")
+        made = TokenizeOptions(f"world:{PICTURES}", folder / "store", str(folder / "tokenizer"), device=device)
         tokenize(made, Silent())
 
 
 PICTURES = 200
 
 
-def measured(folder: Path, case: Case, *, tensors: bool) -> int:
-    """Runs the training in this process; bytes of its tensors, or by how much the process has grown."""
+def measured(folder: Path, case: Case, device: str, *, tensors: bool) -> int:
+    """Runs the training in this process; bytes of its tensors, or by how much the process has grown.
+
+    On a GPU: bytes that its tensors took, or that were held for them.
+    """
     import contextlib
     from unittest import mock
 
@@ -141,14 +146,19 @@ def measured(folder: Path, case: Case, *, tensors: bool) -> int:
 
     torch.set_num_threads(1)
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # loads what optimizers load
-    watched = Watched() if tensors else None
+    on_gpu = device.startswith("cuda")
+    watched = Watched() if tensors and not on_gpu else None
     before = resident("VmRSS")
     fit = trainer.Trainer.fit
 
     def fit_watched(self: trainer.Trainer) -> dict[str, float]:
         if watched is not None:
             watched.mark("before")
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         return fit(self)
 
     report = Silent()
@@ -157,7 +167,7 @@ def measured(folder: Path, case: Case, *, tensors: bool) -> int:
             finetune_subject(
                 SubjectOptions(
                     folder / "photos", "dog", preset=case.preset, overrides=tuple(case.settings()), out=folder / "run",
-                    device="cpu",
+                    overwrite=True, device=device,
                 ),
                 report,
             )  # fmt: skip
@@ -165,7 +175,9 @@ def measured(folder: Path, case: Case, *, tensors: bool) -> int:
             data = str(folder / "store") if case.stage == "transformer" else f"world:{PICTURES}"
             init = Init((str(folder / "tokenizer"),) if case.stage == "transformer" else ())
             resolved = resolve(case.preset, overrides=case.settings(), environment={})
-            runs.train(runs.TrainOptions(resolved, case.stage, data, folder / "run", init, "cpu"), report)
+            runs.train(runs.TrainOptions(resolved, case.stage, data, folder / "run", init, device), report)
+    if on_gpu:
+        return torch.cuda.max_memory_allocated() if tensors else torch.cuda.max_memory_reserved()
     if watched is None:
         return resident("VmHWM") - before
     watched.mark("fitted")
@@ -178,12 +190,15 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def estimated(case: Case) -> int:
+def estimated(case: Case, device: str) -> int:
     """Bytes the estimate says."""
+    import torch
+
     from bitgen_cli.engine.memory import parameters
     from bitgen_cli.engine.scales import schedule
     from bitgen_cli.engine.subject_stage import AT_ONCE
     from bitgen_cli.engine.training_memory import (
+        Layout,
         subject_training_memory,
         tokenizer_training_memory,
         transformer_training_memory,
@@ -192,10 +207,11 @@ def estimated(case: Case) -> int:
 
     config = resolve(case.preset, overrides=case.settings(), environment={}).config
     counts, scales = parameters(config.model), schedule(config.model.scales, patchify=config.model.transformer.patchify)
+    layout = Layout(torch.device(device))
     if case.stage == "subject":
-        return subject_training_memory(config, counts, scales, TOKENS, at_once=AT_ONCE).total
+        return subject_training_memory(config, counts, scales, TOKENS, layout, at_once=AT_ONCE).total
     of = {"tokenizer": tokenizer_training_memory, "transformer": transformer_training_memory}[case.stage]
-    memory = of(config, counts, scales)
+    memory = of(config, counts, scales, layout)
     assert memory is not None
     return memory.total
 
@@ -204,10 +220,12 @@ TOKENS = 16
 """Of a subject's longest caption."""
 
 
-def in_a_process(what: str, folder: Path, case: Case) -> Any:
+def in_a_process(what: str, folder: Path, case: Case, device: str) -> Any:
     """The JSON that a child of this program prints."""
-    command = [sys.executable, "-m", "tests.benchmarks.memory", "--child", what, str(folder), case.name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tests.benchmarks.memory", "--device", device, "--child"]
+    command += [what, str(folder), case.name]
+    elsewhere = os.environ | {"XDG_DATA_HOME": str(folder)}  # subjects are not to be kept among the user's
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=elsewhere)
     if done.returncode:
         raise SystemExit(f"{case.name}, {what}: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -216,27 +234,29 @@ def in_a_process(what: str, folder: Path, case: Case) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         what, folder, name = given.child
         case = next(case for case in CASES if case.name == name)
         doing: dict[str, Any] = {
-            "prepare": lambda: prepare(Path(folder), case),
-            "estimate": lambda: estimated(case),
-            "tensors": lambda: measured(Path(folder), case, tensors=True),
-            "process": lambda: measured(Path(folder), case, tensors=False),
+            "prepare": lambda: prepare(Path(folder), case, given.device),
+            "estimate": lambda: estimated(case, given.device),
+            "tensors": lambda: measured(Path(folder), case, given.device, tensors=True),
+            "process": lambda: measured(Path(folder), case, given.device, tensors=False),
         }
         print(json.dumps(doing[what]()))
         return
-    print(f"{'training':50} {'estimate':>9} {'tensors':>9} {'ratio':>6} {'process':>9} {'ratio':>6}   MiB", flush=True)
+    process = "held" if given.device.startswith("cuda") else "process"
+    print(f"{'training':50} {'estimate':>9} {'tensors':>9} {'ratio':>6} {process:>9} {'ratio':>6}   MiB", flush=True)
     for case in CASES:
         if all(word in case.name for word in given.words):
-            sizes = {"estimate": in_a_process("estimate", Path(), case)}
+            sizes = {"estimate": in_a_process("estimate", Path(), case, given.device)}
             for what in ("tensors", "process"):
                 with tempfile.TemporaryDirectory() as folder:
-                    in_a_process("prepare", Path(folder), case)
-                    sizes[what] = in_a_process(what, Path(folder), case)
+                    in_a_process("prepare", Path(folder), case, given.device)
+                    sizes[what] = in_a_process(what, Path(folder), case, given.device)
             estimate, tensors, process = (sizes[what] / MIB for what in ("estimate", "tensors", "process"))
             print(
                 f"{case.name:50} {estimate:9.0f} {tensors:9.0f} {estimate / tensors:6.2f} "

@@ -88,7 +88,7 @@ def memory_of(config: Config, layout: Layout) -> TrainingMemory:
     average = weights if training.ema_decay else 0
     drawing = 5 * MIB if training.sample_every else 0
     step = pictures // (2 if training.precision == "bf16" else 1)
-    return TrainingMemory(weights, weights, 2 * weights, average, 0, 0, step, step, 0, drawing)
+    return TrainingMemory(weights, weights, 2 * weights, average, 0, 0, 0, step, step, 0, drawing)
 
 
 def fit_with(free: int, monkeypatch: pytest.MonkeyPatch, out: Path, **options: Any) -> Fit:
