@@ -104,6 +104,10 @@ Aspects = Annotated[
     str | None,
     _option("SHAPES", "Crop pictures to these shapes alone, for example 1:1,16:9.", names=("--aspect",)),
 ]
+CaptionKey = Annotated[
+    str | None,
+    _option("FIELD", "Field or column that holds the captions; none reads no captions."),
+]
 ImageRoot = Annotated[
     Path | None, _option("FOLDER", "Where the pictures of a listing are, if not beside it; links may lead there.")
 ]
@@ -315,10 +319,7 @@ def tokenize(
     model: Model = "demo",
     resolution: Resolution = None,
     aspect: Aspects = None,
-    caption_key: Annotated[
-        str | None,
-        _option("FIELD", "Field or column that holds the captions; none reads no captions."),
-    ] = None,
+    caption_key: CaptionKey = None,
     image_root: ImageRoot = None,
     bits: Bits = None,
     latents: Annotated[
@@ -428,7 +429,7 @@ def train(
     context: typer.Context,
     data: Annotated[
         str,
-        _option("STORE", "A token store; for a tokenizer a folder of pictures or world:N."),
+        _option("DATA", "Pictures as for tokenize; for a transformer also a token store."),
     ],
     out: Annotated[Path, _option("RUN", "Folder of the run, new or empty.")],
     preset: Annotated[
@@ -443,8 +444,8 @@ def train(
         list[str] | None,
         _option(
             "MODEL",
-            "Start from this model or weight file, of Infinity too; may be repeated. A transformer needs the tokenizer "
-            "its store was made with.",
+            "Start from this model or weight file, of Infinity too; may be repeated. A transformer needs a tokenizer: "
+            "of a store the one that made it.",
         ),
     ] = None,
     allow_init_mismatch: Annotated[
@@ -452,6 +453,7 @@ def train(
         _option("NAME", "Weights of --init that may be missing, left over or misshapen. May be repeated."),
     ] = None,
     aspect: Aspects = None,
+    caption_key: CaptionKey = None,
     image_root: ImageRoot = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -479,7 +481,7 @@ def train(
     strategy: Strategy = "ddp",
     as_json: Json = False,
 ) -> None:
-    """Train a tokenizer on pictures, or a transformer on a token store.
+    """Train a tokenizer on pictures, or a transformer on a token store or on pictures.
 
     Ctrl-C finishes the step and saves; `bitgen resume` continues.
     """
@@ -489,19 +491,19 @@ def train(
     from bitgen_cli import console
     from bitgen_cli.presets import resolve
 
-    given = {"steps": steps, "batch_size": batch_size, "seed": seed}
+    given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": seed}
     flags: dict[str, Any] = {}
     if aspect is not None or any(value is not None for value in given.values()):
         section = stage
-        if section is None:
+        if stage is None or (aspect is not None and stage == "transformer"):
             from bitgen_cli.runs.train import stage_for
 
-            section = stage_for(data)
-        if aspect is not None and section != "tokenizer":
-            raise UsageError("--aspect is for pictures", "a token store has the shapes `bitgen tokenize` was told")
+            usual = stage_for(data)
+            section = stage or usual
+            if aspect is not None and section == usual == "transformer":
+                raise UsageError("--aspect is for pictures", "a token store has the shapes `bitgen tokenize` was told")
+        given["aspects"] = None if aspect is None else list(_shapes(aspect))
         flags = {f"training.{section}.{name}": value for name, value in given.items() if value is not None}
-    if aspect is not None:
-        flags["training.tokenizer.aspects"] = list(_shapes(aspect))
     if sweep is not None:
         from bitgen_cli.runs.sweep import SweepOptions, combinations
 
@@ -530,6 +532,7 @@ def train(
         strategy=strategy,
         image_root=image_root,
         logs=tuple(logs or ()),
+        caption_key=caption_key,
     )
     if overfit_check:
         _check_overfit(options, as_json=as_json)

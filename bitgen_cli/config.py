@@ -371,6 +371,10 @@ class LoopConfig(Section):
     )
 
 
+Shapes = list[Annotated[str, Field(pattern=r"^[0-9]{1,6}:[0-9]{1,6}$")]]
+_SHAPES = "shapes W:H that pictures are cropped to, the nearest one each; empty is all of them"
+
+
 class TokenizerTraining(LoopConfig):
     """Stage `tokenizer`: the autoencoder and its bits."""
 
@@ -408,9 +412,7 @@ class TokenizerTraining(LoopConfig):
     picture_cache: NonNegativeFloat = Field(
         default=2.0, description="GiB of memory for pictures already read"
     )
-    aspects: list[Annotated[str, Field(pattern=r"^[0-9]{1,6}:[0-9]{1,6}$")]] = Field(
-        default=[], description="shapes W:H that pictures are cropped to, the nearest one each; empty is all of them"
-    )
+    aspects: Shapes = Field(default=[], description=_SHAPES)
 
 
 ScaleWeighting = Literal["positions", "published", "scales"]
@@ -438,6 +440,10 @@ class TransformerTraining(LoopConfig):
         default=0.1, description="share of prompts replaced by the unconditional one"
     )
     checkpoint_activations: bool = False
+    picture_cache: NonNegativeFloat = Field(
+        default=2.0, description="GiB of memory for pictures already tokenized, where they are so while it trains"
+    )
+    aspects: Shapes = Field(default=[], description=f"{_SHAPES}; a token store has its own")
 
 
 SubjectPart = Literal["token", "text", "cross", "ffn", "self", "lora", "all"]

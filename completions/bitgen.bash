@@ -55,6 +55,7 @@ _bitgen() {
         'train --init') words='demo' paths=folders ;;
         'train --allow-init-mismatch') words='' paths= ;;
         'train --aspect') words='' paths= ;;
+        'train --caption-key') words='' paths= ;;
         'train --image-root') words='' paths=folders ;;
         'train --config') words='' paths=files ;;
         'train --set') words='' paths= ;;
@@ -109,7 +110,7 @@ _bitgen() {
                 '') words='sample tokenize train finetune-subject gen-priors resume inspect-config' options='--version --help -h' ;;
                 sample) words='' paths= options='--model --num-images -n --prompts --seed --cfg --cfg-layer --tau --top-k --top-p --greedy --negative-prompt --aspect --resolution --bits --subject --output -o --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --set --help -h' ;;
                 tokenize) words='' paths=files options='--model --resolution --aspect --caption-key --image-root --bits --latents --no-latents --reconstruct --text-features --verify --json --shard --batch-size --workers --device --dtype --help -h' ;;
-                train) words='' paths= options='--data --out --preset --stage --init --allow-init-mismatch --aspect --image-root --config --set --sweep --steps --batch-size --seed --log --dry-run --overfit-check --device --devices --strategy --json --help -h' ;;
+                train) words='' paths= options='--data --out --preset --stage --init --allow-init-mismatch --aspect --caption-key --image-root --config --set --sweep --steps --batch-size --seed --log --dry-run --overfit-check --device --devices --strategy --json --help -h' ;;
                 finetune-subject) words='' paths=folders options='--class --token --name --model --out --overwrite --merge --subject --train --prior --prior-weight --priors --flip --no-flip --resolution --preset --config --set --sweep --steps --seed --log --dry-run --device --json --help -h' ;;
                 gen-priors) words='' paths= options='--class --count --model --template --seed --output -o --json --batch-size --device --dtype --set --help -h' ;;
                 resume) words='' paths=folders options='--steps --log --device --devices --strategy --json --help -h' ;;

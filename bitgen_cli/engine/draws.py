@@ -28,11 +28,13 @@ class Draws:
         seed: of the micro-batch.
         rows: which of its pictures are computed here.
         weight: of their mean in that over all processes, as in `parallel.Share`.
+        epoch: how often all pictures have had their turn before.
     """
 
     seed: int
     rows: range
     weight: float = 1.0
+    epoch: int = 0
 
     @cached_property
     def shared(self) -> torch.Generator:

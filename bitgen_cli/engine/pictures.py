@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bitgen_cli.config import Config, TokenizerTraining
+from bitgen_cli.config import ModelConfig
 from bitgen_cli.engine.data import to_tensor
 from bitgen_cli.engine.scales import Schedule, buckets, budgeted, largest, nearest
 from bitgen_cli.engine.sources import PictureSource
@@ -23,33 +24,79 @@ BAD_SHARE = 0.01
 """More unreadable pictures than this share are an error."""
 
 
+class Unreadable:
+    """The pictures of a source that cannot be read: each is told once, and too many are an error.
+
+    Args:
+        count: pictures of the source.
+        report: hears of them.
+    """
+
+    def __init__(self, count: int, report: Report) -> None:
+        self._count = count
+        self._report = report
+        self._known: set[int] = set()
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._known
+
+    def note(self, index: int, error: InputError) -> None:
+        """Takes a picture that cannot be read.
+
+        Raises:
+            InputError: there are too many.
+        """
+        if index in self._known:
+            return
+        self._known.add(index)
+        self._report.warning(f"left out: {error.message}")
+        if len(self._known) > BAD_SHARE * self._count:
+            raise InputError(
+                f"{len(self._known)} of {self._count} pictures are unreadable, more than 1 %",
+                "repair or remove them",
+            ) from error
+
+
 class Pictures:
     """The pictures of a source as tensors of the size their schedule asks for, read ahead and kept.
 
     Args:
         source: where they come from.
-        config: its scales decide the sizes.
-        training: workers that read ahead, memory for what was read, and the aspect ratios that are used.
-        report: hears of pictures that cannot be read.
+        model: its scales decide the sizes.
+        aspects: shapes W:H that are used, all without any.
+        budgets: pixel budgets or numbers of scales, of which the largest decides the sizes; None is the model's own.
+        workers: processes that read ahead; 0 reads in this one.
+        room: bytes for pictures that have been read.
+        unreadable: takes pictures that cannot be read.
+        ratios: height / width in use of every picture; None finds out.
     """
 
     def __init__(
-        self, source: PictureSource, config: Config, training: TokenizerTraining, report: Report
+        self,
+        source: PictureSource,
+        model: ModelConfig,
+        *,
+        aspects: Sequence[str],
+        budgets: Sequence[str | int] | None = None,
+        workers: int,
+        room: int,
+        unreadable: Unreadable,
+        ratios: Sequence[float] | None = None,
     ) -> None:
         self._source = source
-        self._config = config
-        self._report = report
+        self._model = model
+        self._room = room
         self._kept: dict[int, Tensor] = {}
-        self._room = int(training.picture_cache * 2**30)
-        self._largest = largest(training.resolutions)
-        self._bad: set[int] = set()
-        self._buckets = buckets(config.model.scales, training.aspects)
-        self._ratios = self._find_ratios()
+        self._instead: dict[int, int] = {}
+        self._largest = largest(budgets)
+        self._unreadable = unreadable
+        self._buckets = buckets(model.scales, aspects)
+        self._ratios = self._find_ratios() if ratios is None else ratios
         self._coming: dict[int, Future[npt.NDArray[np.uint8]]] = {}
         self._pool = None
-        if training.workers:
+        if workers:
             # a fresh process each: a fork of a process that computes with threads may hang
-            self._pool = ProcessPoolExecutor(training.workers, get_context("spawn"), _start_reader, (source,))
+            self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_reader, (source,))
 
     def __getitem__(self, index: int) -> Tensor:
         """(3, height, width) uint8; of an unreadable picture, the next readable one of its size.
@@ -58,21 +105,29 @@ class Pictures:
             InputError: too many pictures are unreadable.
             ResourceError: a reading process died.
         """
-        known = self._kept.get(index)
-        if known is not None:
-            return known
-        picture = self._read(index)
-        if self._room >= picture.nbytes:
+        return self.read(index)[1]
+
+    def read(self, index: int) -> tuple[int, Tensor]:
+        """The picture's index and itself; of an unreadable one, those of the next readable one of its size.
+
+        Raises: as `__getitem__`.
+        """
+        asked, index = index, self._instead.get(index, index)
+        while (picture := self._read(index)) is None:
+            index = self._following(index)
+        if index != asked:
+            self._instead[asked] = index
+        if index not in self._kept and self._room >= picture.nbytes:
             self._room -= picture.nbytes
             self._kept[index] = picture
-        return picture
+        return index, picture
 
-    def ahead(self, indices: list[int]) -> None:
+    def ahead(self, indices: Sequence[int]) -> None:
         """Lets the workers read pictures that are asked for soon."""
         if self._pool is None:
             return
         for index in indices:
-            if index not in self._kept and index not in self._coming:
+            if index not in self._kept and index not in self._coming and index not in self._unreadable:
                 self._coming[index] = self._pool.submit(_read_picture, index, self._size(index))
 
     def name(self, index: int) -> str:
@@ -85,9 +140,8 @@ class Pictures:
 
     def schedule(self, index: int, budget: str | int | None = None) -> Schedule:
         """The scales of the picture; of the size it has here, or with another of the recipe's budgets."""
-        model = self._config.model
-        patchify, budget = model.transformer.patchify, budget or self._largest
-        return budgeted(model.scales, patchify=patchify, ratio=self.ratio(index), budget=budget)
+        patchify, budget = self._model.transformer.patchify, budget or self._largest
+        return budgeted(self._model.scales, patchify=patchify, ratio=self.ratio(index), budget=budget)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -95,9 +149,12 @@ class Pictures:
             self._pool.shutdown(cancel_futures=True)
 
     def _size(self, index: int) -> tuple[int, int]:
-        return self.schedule(index).pixels(self._config.model.tokenizer.patch_size)
+        return self.schedule(index).pixels(self._model.tokenizer.patch_size)
 
-    def _read(self, index: int) -> Tensor:
+    def _read(self, index: int) -> Tensor | None:
+        """The picture, from memory where it is kept; None when it cannot be read."""
+        if index in self._kept:
+            return self._kept[index]
         coming = self._coming.pop(index, None)
         try:
             if coming is not None:
@@ -106,15 +163,16 @@ class Pictures:
         except BrokenProcessPool as error:
             raise ResourceError("a process that reads pictures died", "use fewer workers, or 0") from error
         except InputError as error:
-            self._note_bad(index, error)
-        count = len(self._source)
-        others = (other % count for other in range(index + 1, index + count))
-        following = next(
-            (i for i in others if i not in self._bad and self.ratio(i) == self.ratio(index)), None
-        )
-        if following is None:
-            raise InputError(f"no picture of aspect ratio {self.ratio(index)} is readable")
-        return self[following]
+            self._unreadable.note(index, error)
+            return None
+
+    def _following(self, index: int) -> int:
+        """The next picture of a picture's size that is not known to be unreadable."""
+        count, ratio = len(self._source), self.ratio(index)
+        for other in (other % count for other in range(index + 1, index + count)):
+            if other not in self._unreadable and self.ratio(other) == ratio:
+                return other
+        raise InputError(f"no picture of aspect ratio {ratio} is readable")
 
     def _find_ratios(self) -> list[float] | None:
         """The ratio of every picture; None when there is one ratio alone."""
@@ -126,20 +184,9 @@ class Pictures:
                 width, height = self._source.size(index)
                 found.append(nearest(height / width, self._buckets))
             except InputError as error:
-                self._note_bad(index, error)
+                self._unreadable.note(index, error)
                 found.append(found[-1] if found else nearest(1.0, self._buckets))
         return found
-
-    def _note_bad(self, index: int, error: InputError) -> None:
-        if index in self._bad:
-            return
-        self._bad.add(index)
-        self._report.warning(f"left out: {error.message}")
-        if len(self._bad) > BAD_SHARE * len(self._source):
-            raise InputError(
-                f"{len(self._bad)} of {len(self._source)} pictures are unreadable, more than 1 %",
-                "repair or remove them",
-            ) from error
 
 
 _reader_source: PictureSource | None = None

@@ -10,11 +10,24 @@ from torch import Tensor
 
 from bitgen_cli.engine import bits as bit_math
 from bitgen_cli.engine.scales import Schedule
-from bitgen_cli.engine.store_format import MANIFEST, Manifest, StoredRow, map_shard, read_manifest, read_rows
+from bitgen_cli.engine.store_format import (
+    MANIFEST,
+    Manifest,
+    StoredRow,
+    StoredText,
+    map_shard,
+    read_manifest,
+    read_rows,
+)
 from bitgen_cli.engine.store_parts import unfinished
 from bitgen_cli.engine.store_text import ShardText
 from bitgen_cli.engine.transformer import TextFeatures
 from bitgen_cli.errors import InputError
+
+IN_MEMORY = 2 << 30
+"""Bytes of latents that are kept in memory; larger stores are read as they are needed."""
+_AT_ONCE = 1024
+"""Pictures whose latents are read into memory at once."""
 
 
 class TokenStore:
@@ -41,6 +54,8 @@ class TokenStore:
         self._row_of = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[self._shard_of]
         self._opened: dict[int, dict[str, Tensor]] = {}
         self._texts: dict[int, ShardText] = {}
+        self._kept: dict[float, Tensor] = {}
+        self._place = torch.zeros(len(rows), dtype=torch.long)
 
     @classmethod
     def open(cls, path: Path) -> TokenStore:
@@ -68,14 +83,29 @@ class TokenStore:
         return len(self.keys)
 
     @property
+    def name(self) -> str:
+        """What errors call it."""
+        return f"the token store {self.path}"
+
+    @property
+    def bit_count(self) -> int:
+        """Bits a latent position."""
+        return self.manifest.bits
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether there are latents beside the bits."""
+        return self.manifest.latents
+
+    @property
+    def text(self) -> StoredText | None:
+        """What made the text features of all captions; None where not all have some."""
+        return self.manifest.text if self.manifest.has_text else None
+
+    @property
     def ratios(self) -> list[float]:
         """Aspect ratios (height / width) that occur, ascending."""
         return sorted({shard.ratio for shard in self.manifest.shards})
-
-    @property
-    def texts(self) -> list[str]:
-        """All captions of all pictures."""
-        return [caption for several in self.captions for caption in several]
 
     def ratio(self, index: int) -> float:
         """Aspect ratio of a picture."""
@@ -90,6 +120,35 @@ class TokenStore:
     def schedule(self, ratio: float) -> Schedule:
         """The schedule of an aspect ratio that occurs in the store."""
         return self.manifest.schedule(ratio)
+
+    def kept_latents(self) -> int:
+        """Bytes of the latents that `keep` keeps; 0 where they are too many, or there are none."""
+        size = sum(2 * shape.numel() for shape in self._latent_shapes().values()) if self.has_latents else 0
+        return size if size <= IN_MEMORY else 0
+
+    def keep(self, device: torch.device) -> None:
+        """Reads all latents into the memory of a device, where `latents` takes them from, if they fit.
+
+        Raises:
+            InputError: a shard is corrupt.
+        """
+        if not self.kept_latents():
+            return
+        for ratio, shape in self._latent_shapes().items():
+            group = self.indices_of(ratio)
+            self._place[group] = torch.arange(len(group))
+            # they are stored as bfloat16 too: nothing is lost
+            kept = torch.empty(shape, dtype=torch.bfloat16, device=device)
+            for start in range(0, len(group), _AT_ONCE):
+                kept[start : start + _AT_ONCE] = self._gather("latents", group[start : start + _AT_ONCE])
+            self._kept[ratio] = kept
+
+    def ahead(self, indices: Sequence[int]) -> None:
+        """Nothing to do: a store needs no reading ahead."""
+
+    def readable(self, indices: Sequence[int]) -> list[int]:
+        """All of them: what cannot be read is in no store."""
+        return list(indices)
 
     def bits(self, indices: Sequence[int]) -> list[Tensor]:
         """Bits per scale, each (B, C, h, w) bool, of pictures of one aspect ratio.
@@ -108,12 +167,16 @@ class TokenStore:
     def latents(self, indices: Sequence[int]) -> Tensor | None:
         """Latents (B, C, H, W) float32 of pictures of one aspect ratio; None where the store keeps none.
 
+        They are on the device that was told to `keep` where they fit, else on the CPU.
+
         Raises:
             InputError: a shard is corrupt.
         """
         if not self.manifest.latents:
             return None
-        self._common_ratio(indices)
+        kept = self._kept.get(self._common_ratio(indices))
+        if kept is not None:
+            return kept[self._place[torch.as_tensor(indices, dtype=torch.long)].to(kept.device)].float()
         return self._gather("latents", indices).float()
 
     def text_features(self, indices: Sequence[int], captions: Sequence[int] | None = None) -> TextFeatures | None:
@@ -134,6 +197,18 @@ class TokenStore:
         for index, caption in zip(indices, wanted, strict=True):
             rows.append(self._text(int(self._shard_of[index])).row(int(self._row_of[index]), caption))
         return TextFeatures.from_rows([row.float() for row in rows])
+
+    def close(self) -> None:
+        """Nothing works in the background."""
+
+    def _latent_shapes(self) -> dict[float, torch.Size]:
+        """(N, C, H, W) of the latents of each aspect ratio."""
+        return {
+            ratio: torch.Size(
+                (len(self.indices_of(ratio)), self.manifest.bits, *self.schedule(ratio).latent_sizes[-1])
+            )
+            for ratio in self.ratios
+        }
 
     def _common_ratio(self, indices: Sequence[int]) -> float:
         shards = set(self._shard_of[torch.as_tensor(indices, dtype=torch.long)].tolist())

@@ -115,10 +115,7 @@ class StoreWriter:
         self.path = path
         self.done_keys: set[str] = set()
         self._schedules = dict(schedules)
-        self._shard_sizes = {
-            ratio: max(1, min(shard_size, buffered // len(schedules) // _bytes(fresh, schedule)))
-            for ratio, schedule in schedules.items()
-        }
+        self._shard_sizes = shard_sizes(schedules, bits, latents=latents, most=shard_size, buffered=buffered)
         self._buffers: dict[float, _Buffer] = {}
         empty = is_empty(path)
         for leftover in path.glob(f".*{PARTIAL}"):
@@ -305,6 +302,33 @@ class StoreWriter:
                 )
 
 
+def shard_sizes(
+    schedules: Mapping[float, Schedule], bits: int, *, latents: bool, most: int = SHARD_SIZE, buffered: int = BUFFERED
+) -> dict[float, int]:
+    """Pictures in a full shard of each aspect ratio. Args: as of `StoreWriter`."""
+    return {
+        ratio: max(1, min(most, buffered // len(schedules) // _bytes(schedule, bits, latents=latents)))
+        for ratio, schedule in schedules.items()
+    }
+
+
+def order_in_store(ratios: Sequence[float], sizes: Mapping[float, int]) -> list[int]:
+    """The pictures, which come in the order 0, 1, ..., as a store in one piece keeps them.
+
+    Args:
+        ratios: of each picture.
+        sizes: from `shard_sizes`.
+    """
+    order: list[int] = []
+    waiting: dict[float, list[int]] = {}
+    for index, ratio in enumerate(ratios):
+        shard = waiting.setdefault(ratio, [])
+        shard.append(index)
+        if len(shard) == sizes[ratio]:
+            order += waiting.pop(ratio)
+    return order + [index for ratio in sorted(waiting) for index in waiting[ratio]]
+
+
 def _stored_schedule(schedule: Schedule) -> StoredSchedule:
     return StoredSchedule(ratio=schedule.ratio, sizes=list(schedule.sizes), rope_grid=schedule.rope_grid)
 
@@ -313,10 +337,10 @@ def _other_store(path: Path, name: str, old: str, new: str) -> InputError:
     return InputError(f"the token store {path} has another {name}: {old}, not {new}", "choose a new folder")
 
 
-def _bytes(manifest: Manifest, schedule: Schedule) -> int:
+def _bytes(schedule: Schedule, bits: int, *, latents: bool) -> int:
     """What a picture takes in memory while it waits for its shard."""
-    packed = schedule.positions * -(-manifest.bits_per_position // 8)
-    return packed + (2 * manifest.bits * math.prod(schedule.latent_sizes[-1]) if manifest.latents else 0)
+    packed = schedule.positions * -(-bits * schedule.cell**2 // 8)
+    return packed + (2 * bits * math.prod(schedule.latent_sizes[-1]) if latents else 0)
 
 
 def _share(part: StoredPart | None) -> str:

@@ -23,7 +23,7 @@ from bitgen_cli.engine.optimizer import Pace
 from bitgen_cli.engine.order import chunks, grouped, split
 from bitgen_cli.engine.parallel import Ranks
 from bitgen_cli.engine.perceptual import LEAST_SIDE, perceptual_distance
-from bitgen_cli.engine.pictures import Pictures
+from bitgen_cli.engine.pictures import Pictures, Unreadable
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.sources import PictureSource
 from bitgen_cli.engine.tokenizer import Tokenizer
@@ -77,7 +77,15 @@ class TokenizerStage:
         self._perceptual = perceptual_distance(device) if training.perceptual_weight else None
         self._forward: Callable[..., Any] = self.module
         self._ranks = Ranks(device=device)
-        self._pictures = Pictures(source, config, training, report)
+        self._pictures = Pictures(
+            source,
+            config.model,
+            aspects=training.aspects,
+            budgets=training.resolutions,
+            workers=training.workers,
+            room=int(training.picture_cache * 2**30),
+            unreadable=Unreadable(len(source), report),
+        )
         trained, held_out = split(len(source), training.validation_images, training.seed)
         self.groups = grouped(trained, self._pictures.ratio)
         self._validation = chunks(grouped(held_out, self._pictures.ratio), training.batch_size)

@@ -329,10 +329,12 @@ class Trainer:
         for micro in range(config.accumulation):
             # whatever layers draw by themselves, dropout for example, is other on each rank: nothing here does
             torch.manual_seed(mix(config.seed, _LAYERS, step, micro))
-            whole = self._next(step * config.accumulation + micro)
+            number = step * config.accumulation + micro
+            whole = self._next(number)
             share = self.ranks.share(len(whole))
             indices, weight = whole[share.rows.start : share.rows.stop], share.weight
-            draws = Draws(mix(config.seed, _STEP, step, micro), share.rows, weight)
+            seed, epoch = mix(config.seed, _STEP, step, micro), number // self._per_epoch
+            draws = Draws(seed, share.rows, weight, epoch)
             with self.ranks.syncing(micro == config.accumulation - 1):
                 loss, measured = self.stage.loss(indices, draws, step)
                 scaled = loss * (self.progress.scale.value * weight) / config.accumulation

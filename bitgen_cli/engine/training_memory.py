@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bitgen_cli.config import Config, LoopConfig, ModelConfig, SubjectTraining
 from bitgen_cli.engine import lora
 from bitgen_cli.engine.adversary import PatchDiscriminator
+from bitgen_cli.engine.codec import Codec, Division
 from bitgen_cli.engine.device import DTYPES, autocast
 from bitgen_cli.engine.losses import bit_loss, distillation_loss, one_rank
 from bitgen_cli.engine.memory import (
@@ -32,6 +33,7 @@ from bitgen_cli.engine.memory import (
     sampling_memory,
     text_geometry,
 )
+from bitgen_cli.engine.online import TOGETHER
 from bitgen_cli.engine.parts import is_trained
 from bitgen_cli.engine.rehearsal import FORWARD, Rehearsal, Rehearsed, infer, rehearsal, rehearse
 from bitgen_cli.engine.scales import Schedule
@@ -93,6 +95,7 @@ class TrainingMemory:
         step: activations and gradients at their common peak; without accumulation the ones come as the others go.
         validation: gradients, weights put aside while averaged ones are looked at, and pictures without gradients.
         drawing: the same while a picture grid is drawn; 0 without.
+        encoding: the same while pictures are tokenized; 0 where they are in a store.
     """
 
     weights: int
@@ -106,12 +109,13 @@ class TrainingMemory:
     step: int
     validation: int
     drawing: int
+    encoding: int = 0
 
     @property
     def total(self) -> int:
         """The peak of everything."""
         kept = self.weights + self.optimizer + self.average + self.frozen + self.gathered + self.workspace
-        return kept + max(self.step, self.validation, self.drawing)
+        return kept + max(self.step, self.validation, self.drawing, self.encoding)
 
     def to_json(self) -> dict[str, int]:
         """All parts and the total."""
@@ -130,6 +134,7 @@ LABELS = {
     "step": "Gradients and activations at once",
     "validation": "While validating",
     "drawing": "While drawing a picture grid",
+    "encoding": "While tokenizing pictures",
 }
 """Parts of TrainingMemory, for people."""
 
@@ -181,12 +186,26 @@ def tokenizer_training_memory(
 
 
 def transformer_training_memory(
-    config: Config, counts: Parameters, schedule: Schedule, layout: Layout = CPU, *, stored_text: bool = False
+    config: Config,
+    counts: Parameters,
+    schedule: Schedule,
+    layout: Layout = CPU,
+    *,
+    stored_text: bool = False,
+    tokenized: torch.dtype | None = None,
 ) -> TrainingMemory | None:
     """Memory of stage `transformer`; None when the configuration has no recipe for it.
 
-    The tokenizer is there for picture grids; a new text encoder is trained too, another one only used, and not there at
-    all where the store has its features (`stored_text`).
+    The tokenizer is there for picture grids, and for pictures that are tokenized while it trains; a new text encoder is
+    trained too, another one only used, and not there at all where the store has its features.
+
+    Args:
+        config: the whole configuration.
+        counts: parameters of the model.
+        schedule: scales of the pictures.
+        layout: where it is computed.
+        stored_text: whether the features of the text encoder are in the store.
+        tokenized: number type in which pictures are tokenized while it trains; None: they are in a store.
     """
     training = config.training.transformer
     if training is None:
@@ -218,7 +237,11 @@ def transformer_training_memory(
     frozen = (counts.tokenizer + (0 if learns_text or stored_text else known)) * FP32
     if training.sample_every and layout.device.type == "cpu":
         frozen += derived_weights(config.model.tokenizer, schedule, FP32, encoder=False)
-    return _memory(
+    encoded = 0
+    if tokenized is not None:
+        derived, encoded = _encoding(config.model, schedule, rows, layout, tokenized)
+        frozen += derived
+    memory = _memory(
         training,
         layout,
         trained=counts.transformer + (known if learns_text else 0),
@@ -228,6 +251,8 @@ def transformer_training_memory(
         frozen=frozen,
         workspace=_workspace(layout.device),
     )
+    # pictures are tokenized for the validation too, when weights are put aside
+    return replace(memory, encoding=memory.weights + memory.average + encoded) if encoded else memory
 
 
 def subject_training_memory(
@@ -390,6 +415,34 @@ def _deep(of: Callable[[int], _Passes], depth: int) -> _Passes:
     if depth <= 2:
         return of(depth)
     return of(2).deeper(of(1), depth - 2)
+
+
+def _encoding(
+    model: ModelConfig, schedule: Schedule, rows: int, layout: Layout, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Bytes of the weights that a CPU encodes with in place of some convolutions' own, and of what pictures hold.
+
+    Args:
+        rows: pictures of a micro-batch on each rank.
+        dtype: number type of the encoder's products.
+    """
+    height, width = schedule.pixels(model.tokenizer.patch_size)
+    division = Division.of(layout.device, model.tokenizer.base_channels, height * width, TOGETHER)
+    at_once = min(rows, division.at_once or rows)
+    threads = min(division.threads, -(-rows // at_once))
+    with rehearsal(layout.device) as entered:
+        tokenizer = Tokenizer(model.tokenizer).requires_grad_(False)
+        codec = Codec(tokenizer, model.tokenizer.most_bits, next(tokenizer.parameters()).device, dtype)
+
+        def encode() -> Tensor:
+            return codec.latent(torch.empty(at_once, 3, height, width, dtype=torch.uint8))
+
+        encode()  # makes the derived weights
+        held = infer(entered, tokenizer, encode)
+    if layout.device.type != "cpu" or dtype != torch.float32:
+        return 0, threads * held
+    derived = [derived_weights(model.tokenizer, schedule, FP32, encoder=encoder) for encoder in (True, False)]
+    return derived[0] - derived[1], threads * held
 
 
 def _merged(schedule: Schedule) -> Schedule:

@@ -30,16 +30,14 @@ from bitgen_cli.engine.sampling import generate, plan
 from bitgen_cli.engine.scales import RESOLUTIONS, Schedule, schedule
 from bitgen_cli.engine.self_correction import flipper
 from bitgen_cli.engine.sources import drawn_caption
-from bitgen_cli.engine.store import TokenStore
 from bitgen_cli.engine.text import TextEncoder
 from bitgen_cli.engine.tokenizer import Tokenizer
+from bitgen_cli.engine.tokens import Tokens
 from bitgen_cli.engine.transformer import TextFeatures, Transformer
 from bitgen_cli.errors import ResourceError, UsageError
 from bitgen_cli.files import atomic_path, write_text
 
 GRID_COLUMNS = 8
-IN_MEMORY = 2 << 30
-"""Bytes of latents that are kept in memory; larger stores are read as they are needed."""
 SHORT = 128
 """Positions of a picture up to which attention is computed as plain products on the CPU."""
 
@@ -84,20 +82,20 @@ class Trained(nn.Module):
 
 
 class TransformerStage:
-    """Bitwise cross-entropy over all scales of the pictures of a token store.
+    """Bitwise cross-entropy over all scales of pictures, of a token store or tokenized while it trains.
 
     Args:
         config: the whole configuration; its training.transformer must be there.
-        store: bits, captions and, for self-correction, latents.
-        tokenizer: the one that made the store; draws the picture grids.
+        tokens: bits, captions and, for self-correction, latents.
+        tokenizer: the one that makes or made the bits; draws the picture grids.
         tokenizer_file: its weights, copied into the model folder byte for byte.
         transformer: what is trained.
-        text_encoder: trained too when the configuration's source is `new`, else fixed; None takes the store's text
-            features, which the same encoder has made.
+        text_encoder: trained too when the configuration's source is `new`, else fixed; None takes the text
+            features of the store, which the same encoder has made.
         device: where it is computed.
 
     Raises:
-        UsageError: the store's scales are not the model's, it has too few bits, or it has no latents where flips or
+        UsageError: a store's scales are not the model's, it has too few bits, or it has no latents where flips or
             other numbers of bits need them.
         ResourceError: compilation is asked for where there is no compiler.
     """
@@ -105,7 +103,7 @@ class TransformerStage:
     def __init__(
         self,
         config: Config,
-        store: TokenStore,
+        tokens: Tokens,
         tokenizer: Tokenizer,
         tokenizer_file: Path,
         transformer: Transformer,
@@ -118,7 +116,7 @@ class TransformerStage:
         self.paces: Mapping[str, Pace] = {}
         self.training: TransformerTraining = training
         self.bit_counts = config.model.tokenizer.bit_counts
-        self.store = store
+        self.tokens = tokens
         self.device = device
         self.tokenizer = tokenizer.requires_grad_(False).to(device).eval()
         self.tokenizer_file = tokenizer_file
@@ -131,16 +129,16 @@ class TransformerStage:
         self._forward: Callable[..., Tensor] = self.module
         self._ranks = Ranks(device=device)
         self._require_fit()
-        trained, held_out = split(len(store), training.validation_images, training.seed)
-        self.groups = grouped(trained, store.ratio)
-        self._validation = chunks(grouped(held_out, store.ratio), training.batch_size)
+        trained, held_out = split(len(tokens), training.validation_images, training.seed)
+        self.groups = grouped(trained, tokens.ratio)
+        self._validation = chunks(grouped(held_out, tokens.ratio), training.batch_size)
         # a picture without captions is learned with an empty prompt
-        self._captions = [captions or ("",) for captions in store.captions]
+        self._captions = [captions or ("",) for captions in tokens.captions]
         self._ids: list[list[list[int]]] | None = None
         if text_encoder is not None:
             ids = iter(text_encoder.tokenise([text for captions in self._captions for text in captions]))
             self._ids = [[next(ids) for _ in captions] for captions in self._captions]
-        self._latents = _Latents(store, device)
+        tokens.keep(device)
         shown = next(iter(self._validation or self.groups))
         self._shown = shown[:: max(1, len(shown) // GRID_COLUMNS)][:GRID_COLUMNS]
 
@@ -149,13 +147,13 @@ class TransformerStage:
         self._forward = ranks.wrap(self.module, list(self.module.transformer.blocks))
 
     def names(self, indices: Sequence[int]) -> list[str]:
-        return [self.store.keys[index] for index in indices]
+        return [self.tokens.keys[index] for index in self.tokens.readable(indices)]
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         return [self._captions[index][0] for index in indices]
 
     def ahead(self, indices: list[int]) -> None:
-        """Nothing to do: a token store needs no reading ahead."""
+        self.tokens.ahead(indices)
 
     def loss(self, indices: list[int], draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Bitwise cross-entropy of one micro-batch.
@@ -163,13 +161,13 @@ class TransformerStage:
         Caption dropout, drop path, flips and the number of bits come from the draws; of several captions of a picture
         each epoch has its own.
         """
+        indices = self.tokens.readable(indices)
         bits = draw(self.bit_counts, draws.shared)
         dropped = draws.uniform() < self.training.caption_dropout
         strength = self._flip_strength(step)
         flips = flipper(strength, self.training.flip_scales, draws) if strength > 0 else None
-        epoch = self._epoch(step)
         seed, counts = self.training.seed, [len(self._captions[index]) for index in indices]
-        which = [drawn_caption(range(n), seed, epoch, index) for index, n in zip(indices, counts, strict=True)]
+        which = [drawn_caption(range(n), seed, draws.epoch, index) for index, n in zip(indices, counts, strict=True)]
         loss, accuracy, per_scale = self._losses(indices, which, bits, flips, dropped, self._kept_branches(draws))
         measured = {f"bit_accuracy/{k}": value for k, value in enumerate(accuracy.unbind())}
         return loss, measured | {f"loss/{k}": value for k, value in enumerate(per_scale.unbind())}
@@ -182,6 +180,7 @@ class TransformerStage:
         """
 
         def measure(indices: list[int], weight: float) -> dict[str, Tensor]:
+            indices = self.tokens.readable(indices)
             found = {bits: self._losses(indices, [0] * len(indices), bits) for bits in self.bit_counts}
             losses = {bits: loss for bits, (loss, _, _) in found.items()}
             measured = {"val_loss": torch.stack(list(losses.values())).mean()}
@@ -194,15 +193,16 @@ class TransformerStage:
         return self._ranks.mean_over(self._validation, measure)
 
     def draw_samples(self, file: Path) -> None:
-        """Stored pictures, decoded, above pictures drawn from their captions; captions.txt names those.
+        """Pictures as their bits tell them above pictures drawn from their captions; captions.txt names those.
 
         There is a row of drawn ones for each number of bits, in ascending order.
         """
-        scales = self.store.schedule(self.store.ratio(self._shown[0]))
-        captions = [self._captions[index][0] for index in self._shown]
-        bits = [grid.to(self.device) for grid in self.store.bits(self._shown)]
+        shown = self.tokens.readable(self._shown)
+        scales = self.tokens.schedule(self.tokens.ratio(shown[0]))
+        captions = [self._captions[index][0] for index in shown]
+        bits = [grid.to(self.device) for grid in self.tokens.bits(shown)]
         stored = self.tokenizer.decode_bits(bits, scales)
-        text = self._text(self._shown, [0] * len(self._shown))
+        text = self._text(shown, [0] * len(shown))
         features = text if isinstance(text, TextFeatures) else self.module.features(text)
         steps = plan(self.config.sampling, len(scales))
         seeds = range(len(captions))
@@ -228,12 +228,7 @@ class TransformerStage:
         )
 
     def close(self) -> None:
-        """Nothing works in the background."""
-
-    def _epoch(self, step: int) -> int:
-        """How often all pictures have been seen before a step."""
-        pictures = sum(len(group) for group in self.groups)
-        return step * self.training.batch_size * self.training.accumulation // pictures
+        self.tokens.close()
 
     def _losses(
         self,
@@ -245,7 +240,7 @@ class TransformerStage:
         kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, bit accuracy per scale and loss per scale of the first `bits` bits, with one caption of each."""
-        scales = self.store.schedule(self.store.ratio(indices[0]))
+        scales = self.tokens.schedule(self.tokens.ratio(indices[0]))
         targets, inputs = self._teacher(indices, scales, bits, flips)
         recomputed = self.training.checkpoint_activations
         with (
@@ -259,12 +254,13 @@ class TransformerStage:
         self, indices: list[int], scales: Schedule, bits: int, flips: ChangeBits | None
     ) -> tuple[Tensor, Tensor]:
         """Targets (B, L, d) bool, or 4d when patchified, and inputs (B, L - 1, K), of the first `bits` bits d."""
-        latent = self._latents(indices)
+        latent = self.tokens.latents(indices)
         if latent is None:
-            grids = [grid.to(self.device) for grid in self.store.bits(indices)]
+            grids = [grid.to(self.device) for grid in self.tokens.bits(indices)]
             targets, inputs = as_positions(grids, pyramid.inputs_from_bits(grids, scales), scales)
         else:
-            targets, inputs = as_positions(*pyramid.teacher_inputs(active(latent, bits), scales, flips), scales)
+            latent = active(latent.to(self.device), bits)
+            targets, inputs = as_positions(*pyramid.teacher_inputs(latent, scales, flips), scales)
         return targets, widened_positions(inputs, self.module.transformer.bits_per_position)
 
     def _text(self, indices: list[int], which: list[int]) -> TextFeatures | list[list[int]]:
@@ -275,7 +271,7 @@ class TransformerStage:
             which: of each picture's captions.
         """
         if self.text_encoder is None or self._ids is None:
-            stored = self.store.text_features(indices, which)
+            stored = self.tokens.text_features(indices, which)
             assert stored is not None
             return TextFeatures(stored.features.to(self.device), stored.lengths)
         ids = [self._ids[index][caption] for index, caption in zip(indices, which, strict=True)]
@@ -297,33 +293,33 @@ class TransformerStage:
         return self.training.flip_strength * (min(1.0, step / warmup) if warmup else 1.0)
 
     def _require_fit(self) -> None:
-        model = self.config.model
-        if self.training.flip_strength > 0 and not self.store.manifest.latents:
+        model, tokens = self.config.model, self.tokens
+        if self.training.flip_strength > 0 and not tokens.has_latents:
             raise UsageError(
-                f"the token store {self.store.path} has no latents, which self-correction flips need",
+                f"{tokens.name} has no latents, which self-correction flips need",
                 "tokenize again with latents, or set training.transformer.flip_strength=0",
             )
-        stored, most = self.store.manifest.bits, self.bit_counts[-1]
+        stored, most = tokens.bit_count, self.bit_counts[-1]
         if stored < most:
             raise UsageError(
-                f"the token store {self.store.path} holds {stored} bits a latent position, the model has {most}",
+                f"{tokens.name} holds {stored} bits a latent position, the model has {most}",
                 f"tokenize again with --bits {most}, or set model.tokenizer.active_bits",
             )
-        if self.bit_counts != (stored,) and not self.store.manifest.latents:
+        if self.bit_counts != (stored,) and not tokens.has_latents:
             raise UsageError(
-                f"the token store {self.store.path} has no latents, which other numbers of bits than its {stored} need",
+                f"{tokens.name} has no latents, which other numbers of bits than its {stored} need",
                 "tokenize again with latents, or set model.tokenizer.active_bits",
             )
         budgets = [None] if model.scales.custom is not None else list(RESOLUTIONS)
-        for ratio in self.store.ratios:
+        for ratio in tokens.ratios:
             known = [
                 schedule(model.scales, patchify=model.transformer.patchify, ratio=ratio, resolution=budget)
                 for budget in budgets
             ]
-            own = self.store.schedule(ratio)
+            own = tokens.schedule(ratio)
             if own not in known:
                 raise UsageError(
-                    f"the token store {self.store.path} and the model differ in the scales of ratio {ratio}",
+                    f"{tokens.name} and the model differ in the scales of ratio {ratio}",
                     "tokenize again with this configuration's tokenizer and scales",
                 )
             plan(self.config.sampling, len(own))
@@ -366,54 +362,3 @@ def attention(
     if device.type == "cpu" and precision == "bf16" and scales.positions <= SHORT and not recomputed:
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
-
-
-def kept_latents(store: TokenStore) -> int:
-    """Bytes of a store's latents that are kept in memory; 0 where they are too many, or there are none."""
-    size = sum(2 * shape.numel() for shape in _latent_shapes(store).values()) if store.manifest.latents else 0
-    return size if size <= IN_MEMORY else 0
-
-
-def _latent_shapes(store: TokenStore) -> dict[float, torch.Size]:
-    """(N, C, H, W) of the latents of each aspect ratio."""
-    return {
-        ratio: torch.Size(
-            (len(store.indices_of(ratio)), store.manifest.bits, *store.schedule(ratio).latent_sizes[-1])
-        )
-        for ratio in store.ratios
-    }
-
-
-class _Latents:
-    """Latents of a store, in memory where they fit.
-
-    Args:
-        store: where they are read.
-        device: where they are handed out.
-    """
-
-    def __init__(self, store: TokenStore, device: torch.device) -> None:
-        self._store = store
-        self._device = device
-        self._kept: dict[float, Tensor] = {}
-        self._row = torch.zeros(len(store), dtype=torch.long)
-        if not kept_latents(store):
-            return
-        for ratio, shape in _latent_shapes(store).items():
-            group = store.indices_of(ratio)
-            self._row[group] = torch.arange(len(group))
-            # they are stored as bfloat16 too: nothing is lost
-            kept = torch.empty(shape, dtype=torch.bfloat16, device=device)
-            for start in range(0, len(group), 1024):
-                part = store.latents(group[start : start + 1024])
-                assert part is not None
-                kept[start : start + 1024] = part
-            self._kept[ratio] = kept
-
-    def __call__(self, indices: list[int]) -> Tensor | None:
-        """(B, C, H, W) float32 of pictures of one aspect ratio; None where the store has none."""
-        kept = self._kept.get(self._store.ratio(indices[0]))
-        if kept is not None:
-            return kept[self._row[indices].to(self._device)].float()
-        latents = self._store.latents(indices)
-        return None if latents is None else latents.to(self._device)

@@ -1,8 +1,8 @@
 """Pictures of a source into a token store: read ahead by other processes, encoded in batches, written in shards.
 
 Memory: at most a batch of pictures per aspect ratio waits to be encoded (32 of 1024x1024 at 15 ratios are 1.4 GiB) and
-one for each thread of a CPU, 16 pictures wait for each reading process, threads compute within ACTIVATIONS bytes, and
-the store's writer takes what store_writer.py says.
+one for each thread of a CPU, 16 pictures wait for each reading process, threads compute within the bytes that codec.py
+allows, and the store's writer takes what store_writer.py says.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,13 +26,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bitgen_cli.engine import pyramid
-from bitgen_cli.engine.data import to_float, to_tensor
+from bitgen_cli.engine.codec import Codec, Encoder
+from bitgen_cli.engine.data import to_tensor
 from bitgen_cli.engine.data_report import BadPicture
 from bitgen_cli.engine.device import keep_freed_memory
 from bitgen_cli.engine.scales import Schedule, nearest
 from bitgen_cli.engine.sources import PictureSource
 from bitgen_cli.engine.store_writer import StoreWriter
-from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.errors import InputError, ResourceError
 from bitgen_cli.report import Report
 
@@ -43,37 +44,7 @@ NAMED = 10
 """Bad pictures named one by one; further ones are only counted."""
 READ_TOGETHER = 8
 """Pictures that a reading process hands over at once."""
-TOGETHER = 1 << 16
-"""Pixels that a CPU's thread encodes together: few enough to stay near the processor."""
-ACTIVATIONS = 4 << 30
-"""Bytes that the threads of a CPU may take together; with larger pictures there are fewer threads."""
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class Codec:
-    """A tokenizer with the bits per latent position, the place and the number type it computes in."""
-
-    tokenizer: Tokenizer
-    bits: int
-    device: torch.device
-    dtype: torch.dtype
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    @torch.inference_mode()
-    def latent(self, pixels: Tensor) -> Tensor:
-        """Latents (B, bits, H, W) float32 of pictures (B, 3, h, w) uint8."""
-        with self.autocast():
-            return self.tokenizer.latent(to_float(pixels.to(self.device)), self.bits).float()
-
-    @torch.inference_mode()
-    def decode(self, bits: list[Tensor], entry: Schedule) -> Tensor:
-        """Pictures (B, 3, h, w) float32 on the CPU of bits per scale."""
-        with self.autocast():
-            images = self.tokenizer.decode_bits([grid.to(self.device) for grid in bits], entry)
-        return images.float().cpu()
 
 
 @dataclass(frozen=True)
@@ -128,8 +99,7 @@ class _Batch:
 class _Encoders:
     """Threads that encode batches at the same time; the writer gets them in the order they came in.
 
-    On a CPU each thread computes alone, which needs no waiting for each other at every layer as many threads within one
-    layer do. Pictures are then taken a few at a time. On a GPU there is one thread, so that reading goes on meanwhile.
+    On a GPU there is one thread, so that reading goes on meanwhile.
 
     Args:
         codec: what they compute.
@@ -141,29 +111,20 @@ class _Encoders:
     def __init__(
         self, codec: Codec, schedules: Mapping[float, Schedule], writer: StoreWriter, pixels: int
     ) -> None:
-        self._codec = codec
+        self._encoder = Encoder(codec, pixels)
         self._schedules = schedules
         self._writer = writer
-        self._cores = torch.get_num_threads()
-        self._count, self._at_once = 1, None
-        if codec.device.type == "cpu":
-            for weight in codec.tokenizer.parameters():
-                if weight.ndim == 4:  # as the pictures are laid out
-                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-            # four tensors of the widest layer in float32
-            widest = 4 * 4 * codec.tokenizer.config.base_channels * max(pixels, TOGETHER)
-            self._count = max(1, min(self._cores, ACTIVATIONS // widest))
-            self._at_once = max(1, TOGETHER // pixels)
-        self._pool = ThreadPoolExecutor(self._count)
+        self._pool = ThreadPoolExecutor(self._encoder.division.threads)
         self._coming: deque[tuple[float, _Batch, Future[tuple[list[Tensor], Tensor]]]] = deque()
+        self._ending = ExitStack()
 
     def __enter__(self) -> _Encoders:
-        torch.set_num_threads(max(1, self._cores // self._count))
+        self._ending.enter_context(self._encoder.sharing_cores())
         return self
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._cores)
+        self._ending.close()
 
     def room(self, ratio: float) -> int:
         """Pictures that the next batch of an aspect ratio may have, so that it ends where its shard ends."""
@@ -173,7 +134,7 @@ class _Encoders:
     def encode(self, ratio: float, batch: _Batch) -> None:
         """Takes a batch, and waits for the first one when all threads have work."""
         self._coming.append((ratio, batch, self._pool.submit(self._encoded, ratio, batch)))
-        if len(self._coming) > self._count:
+        if len(self._coming) > self._encoder.division.threads:
             self._finish_first()
 
     def finish(self) -> None:
@@ -189,9 +150,7 @@ class _Encoders:
 
     def _encoded(self, ratio: float, batch: _Batch) -> tuple[list[Tensor], Tensor]:
         """Bits and latents of a batch."""
-        pixels = torch.stack(batch.pixels)
-        parts = torch.split(pixels, self._at_once or len(pixels))
-        latent = torch.cat([self._codec.latent(part) for part in parts])
+        latent = self._encoder.latents(torch.stack(batch.pixels))
         if self._writer.manifest.latents:
             # Quantise what is kept, so that bits and latents of the store belong together exactly.
             latent = latent.bfloat16().float()

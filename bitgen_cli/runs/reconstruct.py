@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from bitgen_cli.engine.codec import Codec
 from bitgen_cli.engine.data import to_float, to_pil, to_tensor, to_uint8
 from bitgen_cli.engine.losses import psnr, ssim
 from bitgen_cli.engine.sources import PictureSource
@@ -15,7 +16,6 @@ from bitgen_cli.engine.store import TokenStore
 from bitgen_cli.errors import InputError
 from bitgen_cli.files import atomic_folder, write_json
 from bitgen_cli.report import Report
-from bitgen_cli.runs.encoding import Codec
 
 RECONSTRUCTIONS = "reconstructions"
 _EXACT = 100.0

@@ -22,7 +22,8 @@ from bitgen_cli.place import place
 from bitgen_cli.report import Report
 from bitgen_cli.runs.finetune_subject import VERB, SubjectResult, resume_subject
 from bitgen_cli.runs.logs import add_logs
-from bitgen_cli.runs.start import Parts, open_store, text_encoder_for
+from bitgen_cli.runs.start import Parts, text_encoder_for
+from bitgen_cli.runs.tokens import Data, open_tokens
 from bitgen_cli.runs.train import (
     TOKENIZER,
     TrainResult,
@@ -93,15 +94,15 @@ def _stage(
     run: RunFolder, description: dict[str, Any], config: Config, where: torch.device, report: Report
 ) -> Stage:
     """The stage as it was when the run began; a checkpoint brings it to where it stopped."""
-    stage_name, data = description["stage"], description["data"]
+    stage_name, root = description["stage"], description.get("image_root")
+    data = Data(description["data"], None if root is None else Path(root), description.get("caption_key"))
     if stage_name == TOKENIZER:
-        root = description.get("image_root")
-        source = picture_source(config, data, None if root is None else Path(root))
+        source = picture_source(config, data.name, data.image_root)
         return TokenizerStage(config, source, Tokenizer(config.model.tokenizer), where, report)
     model = load_model(run.start, parts=("tokenizer",))
-    store = open_store(data, model)
-    text_encoder = text_encoder_for(config, run.start, store, recipe(config, stage_name).seed, report)
-    parts = Parts(store, model, Transformer(config.model), text_encoder)
+    tokens = open_tokens(config, data, model, where, report)
+    text_encoder = text_encoder_for(config, run.start, tokens, recipe(config, stage_name).seed, report)
+    parts = Parts(tokens, model, Transformer(config.model), text_encoder)
     return transformer_stage(config, parts, run, where)
 
 

@@ -27,19 +27,19 @@ from bitgen_cli.engine.model_folder import (
     find_model,
     load_model,
     read_model_config,
-    require_same_tokenizer,
     save_model,
 )
 from bitgen_cli.engine.scales import nearest_ratio, schedule
-from bitgen_cli.engine.store import TokenStore
 from bitgen_cli.engine.text import TextEncoder, load_text_encoder, new_text_encoder
 from bitgen_cli.engine.tokenizer import Tokenizer
+from bitgen_cli.engine.tokens import Tokens
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.engine.weight_files import TOKENIZER, TRANSFORMER, PartWeights, is_weight_file, read_weight_file
 from bitgen_cli.errors import UsageError
 from bitgen_cli.files import write_json
 from bitgen_cli.report import Report
 from bitgen_cli.runs.text_features import has_features_for
+from bitgen_cli.runs.tokens import Data, open_tokens
 
 TEXT_ENCODER = "text_encoder"
 AVERAGED = "ema"
@@ -75,14 +75,14 @@ class Parts:
     """What a transformer's training needs besides its recipe.
 
     Attributes:
-        store: bits, captions, latents.
-        model: folder and tokenizer of the model the store was made with.
+        tokens: bits, captions, latents.
+        model: folder and tokenizer of the model that makes or made the bits.
         transformer: with the weights the run begins with.
-        text_encoder: the same; None where the store has its features.
+        text_encoder: the same; None where a store has its features.
         tokenizer_file: the tokenizer's weights in a model folder; None when they come from a published file.
     """
 
-    store: TokenStore
+    tokens: Tokens
     model: Model
     transformer: Transformer
     text_encoder: TextEncoder | None
@@ -115,11 +115,16 @@ def first_tokenizer(config: Config, init: Init, seed: int, report: Report) -> tu
     return tokenizer, [found]
 
 
-def first_parts(config: Config, data: str, init: Init, seed: int, report: Report) -> tuple[Parts, list[PartReport]]:
-    """Store, tokenizer, and a transformer with fresh weights or with those that `init` gives.
+def first_parts(
+    config: Config, data: Data, init: Init, seed: int, report: Report, device: torch.device = _CPU
+) -> tuple[Parts, list[PartReport]]:
+    """Tokens, tokenizer, and a transformer with fresh weights or with those that `init` gives.
+
+    Args:
+        device: where pictures are tokenized; everything is made on the CPU.
 
     Raises:
-        UsageError: no tokenizer, another one than the store's, or weights that do not fit and are not allowed to.
+        UsageError: no tokenizer, another one than a store's, or weights that do not fit and are not allowed to.
         InputError: something cannot be read.
     """
     sources = _sources(init.models)
@@ -127,10 +132,10 @@ def first_parts(config: Config, data: str, init: Init, seed: int, report: Report
     if tokenizer is None:
         raise UsageError(
             f"{' and '.join(init.models) or 'nothing to begin with'}: no tokenizer",
-            "add --init MODEL with the one that made the store",
+            f"add --init MODEL with {'the one that made the store' if data.is_store else 'one, to tokenize pictures'}",
         )
     model = _tokenizer_of(config, tokenizer)
-    store = open_store(data, model)
+    tokens = open_tokens(config, data, model, device, report)
     transformer = Transformer(config.model)
     transformer.initialise(torch.Generator().manual_seed(seed))
     source = _last(sources, TRANSFORMER)
@@ -146,11 +151,11 @@ def first_parts(config: Config, data: str, init: Init, seed: int, report: Report
     text_report, folder = _text_report(config.model, source, text_source)
     reports = [found, *([] if text_report is None else [text_report])]
     _conclude(config, reports, init.allowed, report)
-    text_encoder = text_encoder_for(config, folder, store, seed, report)
+    text_encoder = text_encoder_for(config, folder, tokens, seed, report)
     if text_report is not None and text_encoder is not None:
         names = sorted(text_encoder.model.state_dict())
         (text_report.new if folder is None else text_report.loaded).extend(names)
-    return Parts(store, model, transformer, text_encoder, tokenizer.file(TOKENIZER_FILE)), reports
+    return Parts(tokens, model, transformer, text_encoder, tokenizer.file(TOKENIZER_FILE)), reports
 
 
 def save_start(run: RunFolder, config: Config, parts: Parts) -> None:
@@ -170,36 +175,25 @@ def save_report(run: RunFolder, reports: Sequence[PartReport]) -> None:
     write_json(run.path / REPORT_FILE, [found.to_json() for found in reports])
 
 
-def open_store(data: str, model: Model) -> TokenStore:
-    """The token store in a folder, made with the tokenizer of that model.
-
-    Raises:
-        InputError: there is none, or it is broken.
-        UsageError: another tokenizer made it.
-    """
-    store = TokenStore.open(Path(data))
-    require_same_tokenizer(model, store.manifest.tokenizer, f"the token store {data}")
-    return store
-
-
 def text_encoder_for(
-    config: Config, folder: Path | None, store: TokenStore, seed: int, report: Report
+    config: Config, folder: Path | None, tokens: Tokens, seed: int, report: Report
 ) -> TextEncoder | None:
     """The configured text encoder: fixed; or trained, from a model folder that has one, else new.
 
-    None where it is fixed and the store has its features.
+    None where it is fixed and its features are there.
     """
     length = config.model.transformer.text_length
     text = config.model.text_encoder
-    if has_features_for(store.manifest, config.model):
+    if has_features_for(tokens.text, config.model):
         return None
-    if store.manifest.has_text:
-        report.notice(f"the text features of {store.path} were not made by {text.source} and are not used")
+    if tokens.text is not None:
+        report.notice(f"the text features of {tokens.name} were not made by {text.source} and are not used")
     if text.source != "new":
         return load_text_encoder(text.source, length, _CPU, torch.float32)
     if folder is not None:
         return load_text_encoder(str(folder / TEXT_FOLDER), length, _CPU, torch.float32)
-    return new_text_encoder(text, store.texts, length, seed)
+    captions = [caption for several in tokens.captions for caption in several]
+    return new_text_encoder(text, captions, length, seed)
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------

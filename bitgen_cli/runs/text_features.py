@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from bitgen_cli.config import ModelConfig
-from bitgen_cli.engine.store_format import Manifest, StoredText, read_rows
+from bitgen_cli.engine.store_format import StoredText, read_rows
 from bitgen_cli.engine.store_text import write_shard_text
 from bitgen_cli.engine.store_writer import StoreWriter
 from bitgen_cli.engine.text import encoder_fingerprint, load_text_encoder
@@ -37,14 +37,14 @@ def find_text(config: ModelConfig) -> StoredText:
     return StoredText(encoder=found, width=config.transformer.text_width, length=length)
 
 
-def has_features_for(manifest: Manifest, config: ModelConfig) -> bool:
-    """Whether a store's text features are those that the text encoder of a configuration makes."""
+def has_features_for(text: StoredText | None, config: ModelConfig) -> bool:
+    """Whether text features, made by `text` if there are any, are those that a configuration's text encoder makes."""
     source = config.text_encoder.source
-    if not manifest.has_text or manifest.text is None or source == "new":
+    if text is None or source == "new":
         return False
     transformer = config.transformer
     expected = (encoder_fingerprint(source), transformer.text_width, transformer.text_length)
-    return (manifest.text.encoder, manifest.text.width, manifest.text.length) == expected
+    return (text.encoder, text.width, text.length) == expected
 
 
 def add_text_features(

@@ -13,6 +13,7 @@ import torch
 
 from bitgen_cli.config import ModelConfig
 from bitgen_cli.engine.active_bits import bits_in_use
+from bitgen_cli.engine.codec import Codec
 from bitgen_cli.engine.data_report import FILE, BadPicture, DataReport, announce, count_captions, data_report, read_bad
 from bitgen_cli.engine.device import keep_freed_memory, pick_device, pick_dtype
 from bitgen_cli.engine.model_folder import TEXT_FOLDER, Model, find_model, load_model, read_model_config
@@ -27,7 +28,7 @@ from bitgen_cli.errors import Interrupted, ResourceError, UsageError
 from bitgen_cli.files import only_writer, write_json
 from bitgen_cli.place import place
 from bitgen_cli.report import Report
-from bitgen_cli.runs.encoding import Codec, Reader, fill
+from bitgen_cli.runs.encoding import Reader, fill
 from bitgen_cli.runs.reconstruct import reconstruct
 from bitgen_cli.runs.text_features import add_text_features, find_text
 

@@ -1,4 +1,4 @@
-"""`bitgen train`: pictures to a tokenizer, or a token store to a transformer; a run leaves a model folder."""
+"""`bitgen train`: pictures to a tokenizer, pictures or their tokens to a transformer; a run leaves a model folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from bitgen_cli.config import Config, LoopConfig
 from bitgen_cli.engine.beginning import PartReport
 from bitgen_cli.engine.captions import NO_CAPTIONS
 from bitgen_cli.engine.checkpoint import RunFolder
-from bitgen_cli.engine.data_report import FILE, announce, data_report, measure
-from bitgen_cli.engine.device import keep_freed_memory, pick_device
+from bitgen_cli.engine.data_report import FILE, DataReport, announce, count_captions, data_report, measure
+from bitgen_cli.engine.device import keep_freed_memory, pick_device, pick_dtype
 from bitgen_cli.engine.memory import parameters
 from bitgen_cli.engine.model_folder import TOKENIZER_FILE
+from bitgen_cli.engine.online import OnlineTokens, online_schedules
 from bitgen_cli.engine.parallel import Ranks, joined
 from bitgen_cli.engine.scales import Schedule, buckets, budgeted, largest, nearest_ratio, ratios, schedule
 from bitgen_cli.engine.sources import WORLD, PictureSource, open_source
@@ -30,7 +31,7 @@ from bitgen_cli.engine.training_memory import (
     tokenizer_training_memory,
     transformer_training_memory,
 )
-from bitgen_cli.engine.transformer_stage import TransformerStage, kept_latents
+from bitgen_cli.engine.transformer_stage import TransformerStage
 from bitgen_cli.errors import UsageError
 from bitgen_cli.files import write_json
 from bitgen_cli.place import place
@@ -39,6 +40,7 @@ from bitgen_cli.runs.fitting import Fit, fit_of
 from bitgen_cli.runs.logs import logged, plan_logs
 from bitgen_cli.runs.start import NOTHING, Init, Parts, first_parts, first_tokenizer, save_report, save_start, to_json
 from bitgen_cli.runs.text_features import has_features_for
+from bitgen_cli.runs.tokens import Data, kept_of_pictures
 
 if TYPE_CHECKING:
     from bitgen_cli.presets import Resolved
@@ -54,14 +56,15 @@ class TrainOptions:
         resolved: the whole configuration and where its values come from.
         stage: `tokenizer` or `transformer`; None takes the transformer for a token store, the tokenizer for
             pictures.
-        data: for the tokenizer pictures as `open_source` reads them, for the transformer a token store.
+        data: pictures as `open_source` reads them, or for the transformer a token store.
         out: folder of the run; must be new or empty.
-        init: models and weight files to begin with. The transformer needs the tokenizer that made the store.
+        init: models and weight files to begin with. A transformer needs a tokenizer, for a store the one that made it.
         image_root: where listed pictures are, if not beside their listing.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         devices: processes of this machine that are to train together.
         strategy: `ddp` or `fsdp`, what they share, or those that torchrun started.
         logs: `tensorboard`, `wandb`: where measurements go besides metrics.jsonl.
+        caption_key: field that holds the captions of pictures for the transformer; `none` reads none.
     """
 
     resolved: Resolved
@@ -74,6 +77,13 @@ class TrainOptions:
     strategy: str = "ddp"
     logs: tuple[str, ...] = ()
     image_root: Path | None = None
+    caption_key: str | None = None
+
+    def lasting(self) -> Data:
+        """The data by a name that does not hang on the current folder."""
+        data = self.data if self.data.startswith(WORLD) else str(Path(self.data).expanduser().resolve())
+        root = None if self.image_root is None else self.image_root.expanduser().resolve()
+        return Data(data, root, self.caption_key)
 
 
 @dataclass(frozen=True)
@@ -128,19 +138,19 @@ def _train(
     options: TrainOptions, stage: str, logs: dict[str, Any], ranks: Ranks, report: Report, started: float
 ) -> TrainResult:
     """A training as one of the ranks; the first one alone writes."""
-    config, run, data = options.resolved.config, RunFolder(options.out), _lasting(options.data)
+    config, run, data = options.resolved.config, RunFolder(options.out), options.lasting()
     if ranks.first:
         run.refuse_used()
         fit_for(options, stage, ranks.device).require()
     begun = begin(options, stage, run, ranks.device, report)
     if ranks.first:
-        root = options.image_root
         run.create(
             {
                 "verb": "train",
                 "stage": stage,
-                "data": data,
-                "image_root": None if root is None else str(root.expanduser().resolve()),
+                "data": data.name,
+                "image_root": None if data.image_root is None else str(data.image_root),
+                "caption_key": data.caption_key,
                 "init": list(options.init.models),
                 "logs": logs,
                 "config": config.model_dump(mode="json"),
@@ -149,8 +159,10 @@ def _train(
         )
         if begun.parts is not None:
             save_start(run, config, begun.parts)
-        if begun.source is not None:
-            _report_data(run, config, begun.source, report)
+        told = _report_on(config, begun, report)
+        if told is not None:
+            write_json(run.path / FILE, told.to_json())
+            report.notice(told.summary())
         save_report(run, begun.reports)
     ranks.wait()
     result = fit(stage, begun.stage, config, run, report, ranks, started)
@@ -181,39 +193,47 @@ def try_out(options: TrainOptions, report: Report) -> Fit:
 
 def fit_for(options: TrainOptions, stage: str, device: torch.device) -> Fit:
     """What each rank of a stage needs to be trained."""
-    config, data = options.resolved.config, _lasting(options.data)
-    store = TokenStore.open(Path(data)) if stage == TRANSFORMER and is_store(Path(data)) else None
-    stored_text = store is not None and has_features_for(store.manifest, config.model)
+    config, data = options.resolved.config, options.lasting()
+    store = TokenStore.open(Path(data.name)) if stage == TRANSFORMER and data.is_store else None
+    stored_text = store is not None and has_features_for(store.text, config.model)
+    layout = Layout(device, max(options.devices, place().count), options.strategy == "fsdp")
+    online = stage == TRANSFORMER and store is None
 
     def needed(config: Config, layout: Layout) -> TrainingMemory:
         model = config.model
-        known = list(ratios(model.scales)) if store is None else store.ratios
-        shapes = [schedule(model.scales, patchify=model.transformer.patchify, ratio=ratio) for ratio in known]
         if store is not None:
-            shapes = [store.schedule(ratio) for ratio in known]
-        longest = max(shapes, key=lambda scales: scales.positions)
-        if stage == TOKENIZER:
-            memory = tokenizer_training_memory(config, parameters(model), longest, layout)
+            shapes = [store.schedule(ratio) for ratio in store.ratios]
+        elif config.training.transformer is not None and online:
+            shapes = list(online_schedules(model, config.training.transformer.aspects).values())
         else:
-            counts = parameters(model)
-            memory = transformer_training_memory(config, counts, longest, layout, stored_text=stored_text)
+            shapes = [
+                schedule(model.scales, patchify=model.transformer.patchify, ratio=ratio)
+                for ratio in ratios(model.scales)
+            ]
+        longest, counts = max(shapes, key=lambda scales: scales.positions), parameters(model)
+        if stage == TOKENIZER:
+            memory = tokenizer_training_memory(config, counts, longest, layout)
+        else:
+            tokenized = pick_dtype("auto", device) if online else None
+            memory = transformer_training_memory(
+                config, counts, longest, layout, stored_text=stored_text, tokenized=tokenized
+            )
         assert memory is not None
         return memory
 
-    kept = kept_latents(store) if store is not None else 0
-    if stage == TOKENIZER and device.type == "cpu":
-        kept = _kept_pictures(options, data)
-    layout = Layout(device, max(options.devices, place().count), options.strategy == "fsdp")
+    kept = store.kept_latents() if store is not None else 0
+    if device.type == "cpu" and store is None:
+        rows = layout.rows(recipe(config, stage).batch_size)
+        kept = _kept_pictures(config, data) if stage == TOKENIZER else kept_of_pictures(config, data, rows)
     return fit_of(config, stage, layout, needed, options.out, data=kept)
 
 
-def _kept_pictures(options: TrainOptions, data: str) -> int:
+def _kept_pictures(config: Config, data: Data) -> int:
     """Bytes of the pictures that are kept when they have been read."""
-    config = options.resolved.config
     training = config.training.tokenizer
     assert training is not None
     height, width = _square(config).pixels(config.model.tokenizer.patch_size)
-    count = len(picture_source(config, data, options.image_root))
+    count = len(picture_source(config, data.name, data.image_root))
     return min(int(training.picture_cache * 2**30), 3 * height * width * count)
 
 
@@ -239,28 +259,29 @@ def checked(options: TrainOptions) -> str:
     if stage == SUBJECT:
         raise UsageError("`bitgen train` does not learn subjects", "bitgen finetune-subject does")
     recipe(options.resolved.config, stage)
+    stored = options.lasting().is_store
     if stage == TRANSFORMER and not options.init.models:
-        raise UsageError("stage transformer needs --init", "the model or run whose tokenizer made the store")
-    if stage == TRANSFORMER and options.image_root is not None:
-        raise UsageError("--image-root is for pictures", "a token store holds all that is learned from")
+        whose = "whose tokenizer made the store" if stored else "with the tokenizer that turns the pictures into bits"
+        raise UsageError("stage transformer needs --init", f"the model or run {whose}")
+    if stage == TRANSFORMER and stored:
+        for flag, value in (("--image-root", options.image_root), ("--caption-key", options.caption_key)):
+            if value is not None:
+                raise UsageError(f"{flag} is for pictures", "a token store holds all that is learned from")
+    if stage == TOKENIZER and options.caption_key is not None:
+        raise UsageError("a tokenizer learns from no captions", "leave out --caption-key, or add --stage transformer")
     return stage
-
-
-def _lasting(data: str) -> str:
-    """The data by a name that does not hang on the current folder."""
-    return data if data.startswith(WORLD) else str(Path(data).expanduser().resolve())
 
 
 def begin(options: TrainOptions, stage: str, run: RunFolder, device: torch.device, report: Report) -> Begun:
     """Data, weights and stage, as they are before the first step."""
-    config, data = options.resolved.config, _lasting(options.data)
+    config, data = options.resolved.config, options.lasting()
     seed = recipe(config, stage).seed
     if stage == TOKENIZER:
         tokenizer, reports = first_tokenizer(config, options.init, seed, report)
-        source = picture_source(config, data, options.image_root)
+        source = picture_source(config, data.name, data.image_root)
         announce(source, options.data, report)
         return Begun(TokenizerStage(config, source, tokenizer, device, report), None, source, reports)
-    parts, reports = first_parts(config, data, options.init, seed, report)
+    parts, reports = first_parts(config, data, options.init, seed, report, device)
     return Begun(transformer_stage(config, parts, run, device), parts, None, reports)
 
 
@@ -349,29 +370,36 @@ def _square(config: Config) -> Schedule:
     )
 
 
-def _report_data(run: RunFolder, config: Config, source: PictureSource, report: Report) -> None:
-    """Says what is learned from, and writes it into the run folder."""
-    model = config.model
-    assert config.training.tokenizer is not None
-    pixels = {
-        ratio: schedule(model.scales, patchify=model.transformer.patchify, ratio=ratio).pixels(
-            model.tokenizer.patch_size
-        )
-        for ratio in buckets(model.scales, config.training.tokenizer.aspects)
-    }
-    told = data_report(source, *measure(source, report), pixels)
-    write_json(run.path / FILE, told.to_json())
-    report.notice(told.summary())
+def _report_on(config: Config, begun: Begun, report: Report) -> DataReport | None:
+    """What is to be said of the pictures that are learned from; None of a store, which has its own report."""
+    model, training = config.model, config.training.tokenizer
+    if begun.source is not None:
+        assert training is not None
+        pixels = {
+            ratio: schedule(model.scales, patchify=model.transformer.patchify, ratio=ratio).pixels(
+                model.tokenizer.patch_size
+            )
+            for ratio in buckets(model.scales, training.aspects)
+        }
+        return data_report(begun.source, *measure(begun.source, report), pixels)
+    assert begun.parts is not None
+    tokens, text = begun.parts.tokens, begun.parts.text_encoder
+    if not isinstance(tokens, OnlineTokens):
+        return None
+    vocabulary = None if text is None else text.vocabulary
+    captions = count_captions(tokens.keys, tokens.captions, model.transformer.text_length, vocabulary)
+    return data_report(tokens.source, tokens.keys, tokens.sizes, tokens.bad, tokens.pixels, captions)
 
 
 def transformer_stage(config: Config, parts: Parts, run: RunFolder, device: torch.device) -> TransformerStage:
-    """The stage that trains a transformer on a token store."""
+    """The stage that trains a transformer."""
     assert parts.model.tokenizer is not None
     file = run.start / TOKENIZER_FILE
     return TransformerStage(
-        config, parts.store, parts.model.tokenizer, file, parts.transformer, parts.text_encoder, device
+        config, parts.tokens, parts.model.tokenizer, file, parts.transformer, parts.text_encoder, device
     )
 
 
 def stage_for(data: str) -> str:
+    """What is trained on data unless something else is asked for."""
     return TRANSFORMER if is_store(Path(data)) else TOKENIZER

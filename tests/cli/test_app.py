@@ -356,6 +356,19 @@ def test_tokenize_hands_everything_over(fake: Fake, capsys: Capture) -> None:
     assert "and 2 more" in shown
 
 
+def test_a_transformer_may_learn_from_pictures(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitgen_cli import presets
+
+    asked: dict[str, Any] = {}
+    calls = fake("train", "train", trained())
+    monkeypatch.setattr(presets, "resolve", lambda preset, **named: asked.update(named))
+    line = ["train", "--data", "world:20", "--out", "run", "--stage", "transformer", "--init", "m"]
+    assert main([*line, "--aspect", "1:1", "--caption-key", "blip", "--image-root", "pictures"]) == 0
+    assert asked["flags"] == {"training.transformer.aspects": ["1:1"]}
+    options = calls[0][0]
+    assert (options.stage, options.caption_key, options.image_root) == ("transformer", "blip", Path("pictures"))
+
+
 @pytest.mark.parametrize("more", [["--aspect", "1:1"], ["--stage", "transformer", "--aspect", "1:1"]])
 def test_shapes_are_chosen_for_pictures_alone(more: list[str], tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "manifest.json").write_text("{}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bitgen_cli.config import Config
 from bitgen_cli.engine import memory, training_memory
+from bitgen_cli.engine.codec import Codec
 from bitgen_cli.engine.losses import bit_loss, one_rank
 from bitgen_cli.engine.rehearsal import Peak, Watched, infer, rehearsal, rehearse
 from bitgen_cli.engine.scales import Schedule, schedule
@@ -111,6 +112,32 @@ def test_a_rehearsal_counts_what_a_real_step_holds(precision: str) -> None:
         with torch.no_grad():
             loss(real)()
         assert looked == watched.peak.working
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokenizing_while_training_is_counted(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as one thread's encoder really holds, for each thread; a store costs nothing. 16 pictures go together."""
+    overrides = ("base_channels=16", "channel_multipliers=[1,8,2,2]", "res_blocks=1")
+    named = (f"model.tokenizer.{override}" for override in overrides)
+    config = config_of("training.transformer.batch_size=40", "model.transformer.depth=2", *named)
+    counts, scales = memory.parameters(config.model), square(config)
+    tokenizer = Tokenizer(config.model.tokenizer).requires_grad_(False)
+    codec = Codec(tokenizer, config.model.tokenizer.bits, torch.device("cpu"), dtype)
+    pixels = torch.zeros(16, 3, 64, 64, dtype=torch.uint8)
+    codec.latent(pixels[:1])
+    with Watched() as watched:
+        held = infer(watched, tokenizer, lambda: codec.latent(pixels))
+    stored = transformer_training_memory(config, counts, scales)
+    assert stored is not None
+    assert stored.encoding == 0
+    for cores, threads in ((1, 1), (8, 3)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
+        found = transformer_training_memory(config, counts, scales, tokenized=dtype)
+        assert found is not None
+        encoded = found.encoding - found.weights - found.average
+        assert encoded == pytest.approx(threads * held, rel=0.03)
+        derived = found.frozen - stored.frozen
+        assert (derived > 0) == (dtype == torch.float32), "bfloat16 takes no products of Winograd's"
 
 
 def test_a_rehearsal_leaves_nothing_behind() -> None:

@@ -23,6 +23,7 @@ from bitgen_cli.presets import Resolved
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.start import Init, Parts, first_parts, first_tokenizer, save_start
 from bitgen_cli.runs.tokenize import TokenizeOptions, tokenize
+from bitgen_cli.runs.tokens import Data
 from bitgen_cli.runs.train import TrainOptions, train
 
 LOOP = {"steps": 1, "batch_size": 2, "optimizer": {"learning_rate": 0.001}, "sample_every": 0, "validation_images": 0}
@@ -67,7 +68,7 @@ def started(store: Path) -> Callable[..., tuple[Parts, list[PartReport], list[st
     ) -> tuple[Parts, list[PartReport], list[str]]:
         report = Silent()
         config = configured({key.replace("__", "."): value for key, value in changes.items()})
-        parts, found = first_parts(config, str(store), Init(tuple(map(str, models)), allow), 0, report)
+        parts, found = first_parts(config, Data(str(store)), Init(tuple(map(str, models)), allow), 0, report)
         return parts, found, report.notices
 
     return run
@@ -212,7 +213,7 @@ def test_a_model_of_other_scales_lends_its_weights(model: Path, tmp_path: Path) 
     save_model(tmp_path / "finer", config.model, found.sampling, tokenizer=model / TOKENIZER_FILE)
     tokenize(TokenizeOptions("world:4", store, str(tmp_path / "finer"), device="cpu", dtype="fp32"), Silent())
     report = Silent()
-    parts, (transformer, _) = first_parts(config, str(store), Init((str(model),)), 1, report)
+    parts, (transformer, _) = first_parts(config, Data(str(store)), Init((str(model),)), 1, report)
     rows = parts.transformer.scale_embedding.weight
     known = load_file(model / TRANSFORMER_FILE)["scale_embedding.weight"]
     # 1, 4, 9 and 16 positions, of 1, 4 and 16

@@ -34,6 +34,7 @@ from bitgen_cli.runs import start, text_features
 from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.start import Init
 from bitgen_cli.runs.tokenize import tokenize
+from bitgen_cli.runs.tokens import Data
 from bitgen_cli.runs.train import TrainOptions, fit_for, train, transformer_stage
 
 
@@ -316,7 +317,7 @@ def test_each_epoch_learns_from_the_features_of_another_caption(
     for kept in (False, True):
         out = tmp_path / str(kept)
         tokenize(options(tmp_path / "data", out, model, text_features=kept), Silent())
-        parts, _ = start.first_parts(config, str(out), Init((str(model),)), 0, Silent())
+        parts, _ = start.first_parts(config, Data(str(out)), Init((str(model),)), 0, Silent())
         assert (parts.text_encoder is None) == kept
         stages.append(transformer_stage(config, parts, RunFolder(tmp_path / "run"), torch.device("cpu")))
     seen: dict[int, list[list[torch.Tensor]]] = {0: [], 1: []}
@@ -329,11 +330,11 @@ def test_each_epoch_learns_from_the_features_of_another_caption(
             return found
 
         monkeypatch.setattr(stage, "_text", spy)
-    (group,) = (group for group in stages[0].groups if stages[0].store.ratio(group[0]) == 1.0)
-    several = [len(stages[0].store.captions[index]) for index in group]
+    (group,) = (group for group in stages[0].groups if stages[0].tokens.ratio(group[0]) == 1.0)
+    several = [len(stages[0].tokens.captions[index]) for index in group]
     assert max(several) > 1
     for step in range(0, 40, 4):
-        draws = Draws(step, range(len(group)))
+        draws = Draws(step, range(len(group)), epoch=step // 4)
         losses = [stage.loss(group, draws, step)[0].item() for stage in stages]
         assert losses[0] == pytest.approx(losses[1], rel=0.01)
     for made, stored in zip(seen[0], seen[1], strict=True):
@@ -357,7 +358,7 @@ def test_features_of_another_encoder_are_not_used(tmp_path: Path, encoder: str) 
     shorter = {**CONFIG["transformer"], "text_length": 4}
     cut = ModelConfig.model_validate({**CONFIG, "transformer": shorter, "text_encoder": {"source": encoder}})
     new = ModelConfig.model_validate(CONFIG)
-    fits = [text_features.has_features_for(store.manifest, config) for config in (same, other, cut, new)]
+    fits = [text_features.has_features_for(store.text, config) for config in (same, other, cut, new)]
     assert fits == [True, False, False, False]
     model = text_model(tmp_path / "model 2", str(tmp_path / "other"))
     with pytest.raises(InputError, match="has another text encoder"):

@@ -394,10 +394,10 @@ def test_pictures_of_an_image_root_train_and_resume(world: World, tmp_path: Path
 def test_each_epoch_draws_another_caption_of_a_picture(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """12 pictures in batches of 4 with 3 captions each: after 3 epochs of 3 steps all have been learned with."""
-    names = {number: f"{number}.png" for number in range(12)}
+    """14 pictures in batches of 4 with 3 captions each: in 3 epochs of 3 steps, each without 2 of them."""
+    names = {number: f"{number}.png" for number in range(14)}
     put(tmp_path / "data", *names.values(), size=(16, 16))
-    captions = [(number, f"caption {place} of {number}") for number in range(1, 12) for place in range(3)]
+    captions = [(number, f"caption {place} of {number}") for number in range(1, 14) for place in range(3)]
     write_coco(tmp_path / "data" / "captions.json", names, captions)
     tokenize(TokenizeOptions(str(tmp_path / "data"), tmp_path / "s", str(world.tokenizer_run), device="cpu"), Silent())
     seen: list[dict[int, int]] = []
@@ -412,11 +412,12 @@ def test_each_epoch_draws_another_caption_of_a_picture(
     run = tmp_path / "run"
     train(TrainOptions(recipe, None, str(tmp_path / "s"), run, Init((str(world.tokenizer_run),)), "cpu"), Silent())
     assert len(seen) == 9
-    for index in range(12):
+    times = [sum(index in batch for batch in seen) for index in range(14)]
+    assert (sum(times), max(times)) == (36, 3)
+    for index in range(14):
         learned = [batch[index] for batch in seen if index in batch]
-        assert len(learned) == 3
         # picture 0 has no caption and is learned with an empty prompt
-        assert len(set(learned)) == (1 if index == 0 else 3)
+        assert len(set(learned)) == (1 if index == 0 else len(learned))
     shown = (run / "samples" / "captions.txt").read_text().splitlines()
     assert all(line == "" or line.startswith("caption 0 of") for line in shown)
 
