@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 
 import numpy as np
 import numpy.typing as npt
@@ -199,6 +201,15 @@ def _start_reader(source: PictureSource) -> None:
     torch.set_num_threads(1)
     # Ctrl-C reaches the whole group of processes; when to stop is the training's decision
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A training that is killed cannot tell its readers, which would wait for it for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _read_picture(index: int, size: tuple[int, int]) -> npt.NDArray[np.uint8]:

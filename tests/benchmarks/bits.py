@@ -193,7 +193,7 @@ def main() -> None:
     """Trains what is missing, measures, and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/bits"), help="where the trainings are kept")
-    parser.add_argument("--steps", type=int, default=1500, help="of each training that is begun")
+    parser.add_argument("--steps", type=int, default=4500, help="of each training that is begun")
     parser.add_argument("--device", default="cpu", help="that trains")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw pictures for each training")
     parser.add_argument("--pictures", type=int, default=1000, help="held out, that are measured")

@@ -70,8 +70,8 @@ FEW = ("batch_size=4", "model.transformer.text_length=8")
 )  # fmt: skip
 def test_estimates_are_within_15_percent_of_what_trainings_hold(case: Case, tmp_path: Path) -> None:
     small = replace(case, overrides=(*case.overrides, "validation_images=4"))
-    benchmark.prepare(tmp_path, small)
-    ratio = benchmark.estimated(small) / benchmark.measured(tmp_path, small, tensors=True)
+    benchmark.prepare(tmp_path, small, "cpu")
+    ratio = benchmark.estimated(small, "cpu") / benchmark.measured(tmp_path, small, "cpu", tensors=True)
     assert 0.87 < ratio < 1.15
 
 

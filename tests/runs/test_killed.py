@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -19,7 +20,10 @@ from test_train import World, options_for, world
 
 from bitgen_cli import files
 from bitgen_cli.engine.checkpoint import RunFolder
+from bitgen_cli.engine.pictures import Pictures, Unreadable
+from bitgen_cli.engine.sources import open_source
 from bitgen_cli.errors import InputError
+from bitgen_cli.presets import resolve
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.train import train
@@ -119,6 +123,38 @@ def test_killed_at_random_moments(world: World, tmp_path: Path, stage: str, chan
     if not RunFolder(run).state().get("finished"):
         processes.finish([processes.start(train_or_resume, stage, world, run, changes, False)])
     require_same(results(run), results(tmp_path / "straight"))
+
+
+def read_for_ever(folder: Path, data: str) -> None:
+    model, unreadable = resolve("demo", environment={}).config.model, Unreadable(10, Silent())
+    pictures = Pictures(open_source(data, 64), model, aspects=(), workers=1, room=0, unreadable=unreadable)
+    pictures.ahead([0])
+    pictures.read(0)
+    (reader,) = (child.pid for child in multiprocessing.active_children())
+    files.write_text(folder / "reader", str(reader))
+    time.sleep(300)
+
+
+def test_readers_end_with_the_training_they_read_for(tmp_path: Path) -> None:
+    process = processes.start(read_for_ever, tmp_path, "world:10")
+    while not (tmp_path / "reader").is_file():
+        assert process.is_alive()
+        time.sleep(0.05)
+    reader = int((tmp_path / "reader").read_text())
+    process.kill()
+    process.join()
+    until = time.monotonic() + 30
+    while alive(reader):
+        assert time.monotonic() < until, "the reader outlives its training"
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_killed_between_a_checkpoint_and_what_follows_it(
