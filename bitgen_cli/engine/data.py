@@ -30,6 +30,8 @@ MAX_BYTES = 1 << 29
 """Largest picture file that is read: more than a bitmap of as many pixels as Pillow allows."""
 MAX_ENLARGED = 64
 """Pictures are cropped before they are resized where that would make more than so many times the pixels needed."""
+REDUCING_GAP = 3.0
+"""Pillow's for a result that can hardly be told from that of LANCZOS alone, which takes more than twice the time."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error)
@@ -103,6 +105,8 @@ def _size(file: BinaryIO) -> tuple[int, int]:
 def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """The picture resized to cover `size` (LANCZOS) and cropped at the centre, (3, h, w) uint8.
 
+    One that is shrunk 6 times or more is first averaged over whole numbers of pixels, to three times its final size.
+
     Args:
         image: RGB.
         size: (h, w) in pixels.
@@ -113,7 +117,7 @@ def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
         image = _middle(image, size)
         scaled = covering(image.size, size)
     if scaled != image.size:
-        image = image.resize(scaled, Image.Resampling.LANCZOS)
+        image = image.resize(scaled, Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
     left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
     pixels = np.asarray(image)[top : top + height, left : left + width]
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()

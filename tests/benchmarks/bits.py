@@ -86,7 +86,7 @@ class Row:
     each: tuple[float, ...]
 
 
-def trained(name: str, folder: Path, steps: int, device: str, workers: int) -> Path:
+def trained(name: str, folder: Path, steps: int, device: str = "cpu", workers: int = 0) -> Path:
     """The run of that name: finished already, resumed, or begun."""
     run = folder / name
     state = run / "state.json"

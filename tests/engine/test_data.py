@@ -272,6 +272,16 @@ def test_to_tensor_is_the_published_transform(source: tuple[int, int], size: tup
     assert np.array_equal(pixels.permute(1, 2, 0).numpy(), reference_transform(image, *size))
 
 
+@pytest.mark.parametrize(("side", "exact"), [(95, True), (160, False), (1000, False)])
+def test_much_shrunk_pictures_are_nearly_the_published_ones(side: int, exact: bool) -> None:
+    """Less than six times shrunk they are the same; further, averages over whole pixels come first."""
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    image = Image.blend(Image.fromarray(noise), picture(side, side), 0.7)
+    difference = to_tensor(image, (16, 16)).permute(1, 2, 0).numpy().astype(int) - reference_transform(image, 16, 16)
+    assert np.abs(difference).max() <= (0 if exact else 6)
+    assert np.abs(difference).mean() <= 1
+
+
 def test_to_tensor_always_has_the_size_asked_for() -> None:
     """Rounding never leaves a picture one pixel short, whatever the proportions."""
     for width in range(1, 60, 7):
@@ -285,9 +295,9 @@ def test_extreme_proportions_cost_no_memory(size: tuple[int, int], monkeypatch: 
     asked: list[tuple[int, int]] = []
     resize = Image.Image.resize
 
-    def watched(self: Image.Image, size: tuple[int, int], *rest: object) -> Image.Image:
+    def watched(self: Image.Image, size: tuple[int, int], *rest: object, **named: object) -> Image.Image:
         asked.append(size)
-        return resize(self, size, *rest)
+        return resize(self, size, *rest, **named)
 
     monkeypatch.setattr(Image.Image, "resize", watched)
     pixels = to_tensor(Image.new("RGB", size, (9, 8, 7)), (128, 64))
