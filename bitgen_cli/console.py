@@ -672,8 +672,8 @@ def _in_line(key: str) -> bool:
 def _name(key: str) -> str:
     """The name of a measurement for people."""
     held_out = key.startswith("val_")
-    name = key.removeprefix("val_").replace("_", " ")
-    name = {"psnr": "PSNR", "ssim": "SSIM", "l1": "L1"}.get(name, name)
+    first, *rest = key.removeprefix("val_").split("_")
+    name = " ".join(({"psnr": "PSNR", "ssim": "SSIM", "l1": "L1", "l2": "L2"}.get(first, first), *rest))
     return f"held-out {name}" if held_out else name
 
 

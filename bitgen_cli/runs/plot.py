@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ _TOGETHER = {
 _TITLES = {
     "loss": "loss",
     "l1": "L1",
+    "l2": "L2",
     "lpips": "LPIPS",
     "psnr": "PSNR in dB",
     "ssim": "SSIM",
@@ -64,6 +66,8 @@ _TITLES = {
     "drift_": "drift from the base model",
 }
 """What is called otherwise than its name says."""
+_WITH_BITS = re.compile(r"(.+)_(\d+)_bits")
+"""Measurements of a tokenizer or transformer that is used with several numbers of bits."""
 _STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -264,6 +268,7 @@ def _panels_of_one(run: _Run) -> list[_Panel]:
         for colour, name in zip(_colours(len(drift)), drift, strict=True)
     ]
     panels.append(_Panel(_TITLES["drift_"], curves))
+    panels += _panels_by_bits(measured)
     last = [name for name in ("grad_norm", "learning_rate") if name in measured]
     for name in [name for name in measured if name not in last] + last:
         if name in measured:
@@ -271,6 +276,29 @@ def _panels_of_one(run: _Run) -> list[_Panel]:
             title = _title(base) if base in measured else f"{_title(base)}, held out"
             panels.append(_Panel(title, with_twin([base]), logarithmic=base == "grad_norm"))
     return [panel for panel in panels if panel.curves]
+
+
+def _panels_by_bits(measured: dict[str, Series]) -> list[_Panel]:
+    """What was measured with several numbers of bits, a curve each; taken out of `measured`."""
+    counts: dict[str, set[int]] = {}
+    for name in measured:
+        match = _WITH_BITS.fullmatch(name.removeprefix(HELD_OUT))
+        if match:
+            counts.setdefault(match[1], set()).add(int(match[2]))
+    panels = []
+    for base, several in counts.items():
+        curves, alone = [], True
+        for bits, colour in zip(sorted(several), _shades(len(several)), strict=True):
+            own = measured.pop(f"{base}_{bits}_bits", None)
+            twin = measured.pop(f"{HELD_OUT}{base}_{bits}_bits", None)
+            label = f"{bits} bits"
+            if own is not None:
+                curves.append(_Curve(label, own, colour))
+                label, alone = "", False
+            if twin is not None:
+                curves.append(_Curve(label, twin, colour, held_out=True))
+        panels.append(_Panel(f"{_title(base)}, held out" if alone else _title(base), curves))
+    return panels
 
 
 def _scales_panel(family: str, scales: Mapping[str, Mapping[int, Series]], run: _Run) -> _Panel:

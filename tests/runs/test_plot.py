@@ -71,6 +71,18 @@ def test_a_tokenizer_shows_its_reconstructions_and_parts(tmp_path: Path) -> None
     assert "chance" not in texts(tmp_path / "curves.svg")
 
 
+def test_numbers_of_bits_share_a_panel(tmp_path: Path) -> None:
+    counts = (16, 32, 64)
+    lines = [
+        {"step": 1, "loss": 0.7, **{f"l1_{bits}_bits": 0.5 for bits in counts}},
+        {"step": 1, "val_loss": 0.7, **{f"val_psnr_{bits}_bits": 20.0 + bits / 32 for bits in counts}},
+    ]
+    result = plot([run(tmp_path / "run", lines, stage="tokenizer")], tmp_path / "curves.svg", Silent())
+    assert result.panels == ["loss", "L1", "PSNR in dB, held out"]
+    written = texts(tmp_path / "curves.svg")
+    assert [written.count(f"{bits} bits") for bits in counts] == [2, 2, 2]
+
+
 def test_a_subject_shows_its_drift(tmp_path: Path) -> None:
     header = {"token": "[V]", "class_word": "dog"}
     folder = run(tmp_path / "run", SUBJECT, verb="finetune-subject", header=header)
