@@ -32,7 +32,6 @@ class Rope:
         return Rope(self.cos[positions], self.sin[positions])
 
 
-@lru_cache(maxsize=16)
 def _rope_angles(schedule: Schedule, head_channels: int) -> Tensor:
     """Angles (L, E/2) float32: the first half of them by row, the second by column."""
     frequency = torch.arange(0, head_channels // 2, 2, dtype=torch.float32) / (head_channels // 2)
@@ -54,8 +53,13 @@ def grid_positions(size: tuple[int, int], rope_grid: tuple[int, int]) -> tuple[T
     return rows, columns
 
 
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def rope_table(schedule: Schedule, head_channels: int, device: torch.device, dtype: torch.dtype) -> Rope:
-    """The rotary tables of a schedule for heads of E channels (INFINITY_FORMAT section 4, RoPE2D)."""
+    """The rotary tables of a schedule for heads of E channels (INFINITY_FORMAT section 4, RoPE2D).
+
+    Kept on the device, as ordinary tensors, so that a later training may use them too.
+    """
     angles = _rope_angles(schedule, head_channels).to(device)
     return Rope(angles.cos().to(dtype), angles.sin().to(dtype))
 
