@@ -203,6 +203,15 @@ def sample(
             _DRAWING,
         ),
     ] = None,
+    target_confidence: Annotated[
+        float | None,
+        _option(
+            "P",
+            "In place of --tau: at each scale the temperature with which bits are so sure on average, 0.5 to 1; "
+            "less is livelier.",
+            _DRAWING,
+        ),
+    ] = None,
     top_k: Annotated[
         int | None,
         _option("N", "1 takes the likelier value of every bit; 0 draws it.", _DRAWING, least=0),
@@ -279,6 +288,7 @@ def sample(
         cfg=cfg,
         cfg_layer=cfg_layer,
         tau=tau,
+        target_confidence=target_confidence,
         top_k=top_k,
         top_p=top_p,
         greedy=greedy,

@@ -315,6 +315,10 @@ class SamplingConfig(Section):
         default=0, description="0: guide the logits; n: the output of block depth - n; several may be listed"
     )
     tau: PositivePerScale = Field(default=1.0, description="temperature: logits are divided by it")
+    target_confidence: Annotated[float, Field(gt=0.5, lt=1)] | None = Field(
+        default=None,
+        description="each scale's temperature, in place of tau, is the one with which its bits are so sure on average",
+    )
     top_k: NonNegativeInt = Field(
         default=0, description="1 is greedy; 0 or 2 and more keep both values of a bit"
     )

@@ -23,6 +23,7 @@ _bitgen() {
         'sample --cfg') words='' paths= ;;
         'sample --cfg-layer') words='' paths= ;;
         'sample --tau') words='' paths= ;;
+        'sample --target-confidence') words='' paths= ;;
         'sample --top-k') words='' paths= ;;
         'sample --top-p') words='' paths= ;;
         'sample --negative-prompt') words='' paths= ;;
@@ -108,7 +109,7 @@ _bitgen() {
         *)
             case $command in
                 '') words='sample tokenize train finetune-subject gen-priors resume inspect-config' options='--version --help -h' ;;
-                sample) words='' paths= options='--model --num-images -n --prompts --seed --cfg --cfg-layer --tau --top-k --top-p --greedy --negative-prompt --aspect --resolution --bits --subject --output -o --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --set --help -h' ;;
+                sample) words='' paths= options='--model --num-images -n --prompts --seed --cfg --cfg-layer --tau --target-confidence --top-k --top-p --greedy --negative-prompt --aspect --resolution --bits --subject --output -o --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --set --help -h' ;;
                 tokenize) words='' paths=files options='--model --resolution --aspect --caption-key --image-root --bits --latents --no-latents --reconstruct --text-features --verify --json --shard --batch-size --workers --device --dtype --help -h' ;;
                 train) words='' paths= options='--data --out --preset --stage --init --allow-init-mismatch --aspect --caption-key --image-root --config --set --sweep --steps --batch-size --seed --log --dry-run --overfit-check --device --devices --strategy --json --help -h' ;;
                 finetune-subject) words='' paths=folders options='--class --token --name --model --out --overwrite --merge --subject --train --prior --prior-weight --priors --flip --no-flip --resolution --preset --config --set --sweep --steps --seed --log --dry-run --device --json --help -h' ;;

@@ -18,6 +18,7 @@ complete -c bitgen -n '__fish_seen_subcommand_from sample' -l seed -r -f -d 'Sam
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l cfg -r -f -d 'Guidance: how strictly the prompt is followed; one number, or one per scale with commas'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l cfg-layer -r -f -d '0 guides the logits; n the output of the n-th block from the end'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l tau -r -f -d 'Temperature: less is safer, more is livelier; one number, or one per scale with commas'
+complete -c bitgen -n '__fish_seen_subcommand_from sample' -l target-confidence -r -f -d 'In place of --tau: at each scale the temperature with which bits are so sure on average, 0.5 to 1; less is livelier'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l top-k -r -f -d '1 takes the likelier value of every bit; 0 draws it'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l top-p -r -f -d 'Drop a bit\'s unlikelier value at a probability of at most 1 - P'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l greedy -d 'Always the likelier value: the same as --top-k 1'

@@ -5,6 +5,7 @@ Source: INFINITY_FORMAT section 5 (infinity/models/infinity.py, autoregressive_i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,11 @@ from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import AfterBlock, TextFeatures, Transformer
 from bitgen_cli.errors import UsageError
 
+HOTTEST = 64.0
+"""Temperatures are looked for between this and its inverse."""
+HALVINGS = 24
+"""Of the logarithm: the temperature is then known to a millionth."""
+
 
 @dataclass(frozen=True)
 class SamplingPlan:
@@ -31,6 +37,8 @@ class SamplingPlan:
         tau: temperature per scale, above 0.
         top_k: 1 is greedy; every other value keeps both values of a bit.
         top_p: the lesser value is dropped when its probability is at most 1 - top_p.
+        confidence: where it is given, each picture's temperature at each scale is the one with which its bits are so
+            sure on average, and tau plays no part.
     """
 
     cfg: tuple[float, ...]
@@ -38,6 +46,7 @@ class SamplingPlan:
     tau: tuple[float, ...]
     top_k: int
     top_p: float
+    confidence: float | None = None
 
 
 def plan(config: SamplingConfig, scales: int) -> SamplingPlan:
@@ -53,6 +62,7 @@ def plan(config: SamplingConfig, scales: int) -> SamplingPlan:
         tau=_per_scale(config.tau, scales, "tau"),
         top_k=config.top_k,
         top_p=config.top_p,
+        confidence=config.target_confidence,
     )
 
 
@@ -93,6 +103,30 @@ def bit_probabilities(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Ten
         lesser = torch.sigmoid(-difference.abs())
         return torch.where(lesser <= 1 - top_p, likelier, one)
     return one
+
+
+def temperatures(logits: Tensor, confidence: float) -> Tensor:
+    """Temperature of each picture with which its bits are on average as sure as asked for.
+
+    How sure a bit is, is the probability of its likelier value. The mean falls as the temperature rises: the range is
+    halved until it is found. Source: after DiverseAR, which adapts each scale's temperature to how sure its bits are.
+
+    Args:
+        logits: (B, L, 2K), guided.
+        confidence: above 0.5 and below 1.
+
+    Returns:
+        (B, 1, 1), between HOTTEST and its inverse.
+    """
+    pairs = torch.unflatten(logits, -1, (-1, 2))
+    apart = (pairs[..., 1] - pairs[..., 0]).abs()
+    low = torch.full((len(logits), 1, 1), -math.log(HOTTEST), device=logits.device)
+    high = -low
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        too_sure = torch.sigmoid(apart / middle.exp()).mean((1, 2), keepdim=True) > confidence
+        low, high = torch.where(too_sure, middle, low), torch.where(too_sure, high, middle)
+    return ((low + high) / 2).exp()
 
 
 def choose_bits(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -169,7 +203,7 @@ def draw_bits(
         at_blocks = _guide_at_blocks(cfg, plan.cfg_layers, len(transformer.blocks))
         logits = logits_in_use(transformer.step(k, inputs, condition, schedule, cache, at_blocks), drawn)
         logits = guide(logits, cfg) if cfg != 1 and 0 in plan.cfg_layers else logits[:batch]
-        logits = logits / plan.tau[k]
+        logits = logits / (plan.tau[k] if plan.confidence is None else temperatures(logits, plan.confidence))
         if on_logits is not None:
             on_logits(k, logits)
         chosen = choose_bits(bit_probabilities(logits, plan.top_k, plan.top_p), generators)

@@ -50,6 +50,7 @@ LINE_KEYS: dict[str, type | tuple[type, ...]] = {
     "cfg": (int, float, list),
     "cfg_layer": (int, list),
     "tau": (int, float, list),
+    "target_confidence": (int, float),
     "top_k": int,
     "top_p": (int, float),
 }  # fmt: skip
@@ -68,7 +69,7 @@ class SampleOptions:
         batch_size: pictures drawn at once; no influence on them.
         seed: of each prompt's first picture, the next ones count up; None draws one.
         cfg, tau: a number, or one per scale with commas.
-        cfg_layer, top_k, top_p: as in the sampling section of the configuration.
+        cfg_layer, target_confidence, top_k, top_p: as in the sampling section of the configuration.
         greedy: top_k 1.
         negative_prompt: what guidance leads away from.
         aspect: W:H.
@@ -91,6 +92,7 @@ class SampleOptions:
     cfg: str | None = None
     cfg_layer: int | None = None
     tau: str | None = None
+    target_confidence: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     greedy: bool = False
@@ -318,21 +320,30 @@ def chosen_sampling(options: SampleOptions, model: Model) -> SamplingConfig:
         "cfg": _numbers(options.cfg, "--cfg"),
         "tau": _numbers(options.tau, "--tau"),
         "cfg_layer": options.cfg_layer,
+        "target_confidence": options.target_confidence,
         "top_k": 1 if options.greedy else options.top_k,
         "top_p": options.top_p,
     }
     if options.greedy and options.top_k not in (None, 1):
         raise UsageError(f"--greedy is --top-k 1 and cannot go with --top-k {options.top_k}")
+    if options.target_confidence is not None and options.tau is not None:
+        raise UsageError("--target-confidence finds the temperatures, and cannot go with --tau")
     for override in options.overrides:
         if not override.startswith("sampling."):
             raise UsageError(f"--set {override}: only sampling values can be set here", "for example sampling.cfg=4")
     given = {key: value for key, value in flags.items() if value is not None}
+    own = model.sampling.model_dump(mode="json")
+    if options.tau is not None:
+        own["target_confidence"] = None  # the model's own gives way
     stored = {
         "name": parts_name(model.folder),
         "model": model.config.model_dump(mode="json"),
-        "sampling": model.sampling.model_dump(mode="json") | given,
+        "sampling": own | given,
     }
-    return resolve_stored(stored, {}, where="sampling options", overrides=options.overrides).config.sampling
+    found = resolve_stored(stored, {}, where="sampling options", overrides=options.overrides).config.sampling
+    if found.target_confidence is not None and found.top_k == 1:
+        raise UsageError("the likelier value of every bit is the same at every temperature: no target_confidence")
+    return found
 
 
 def parts_name(folder: Path) -> str:
@@ -451,9 +462,11 @@ def base_recipe(prompt: str, negative: str | None, seed: int, name: str, model: 
 def _parameters(recipe: Mapping[str, Any]) -> str:
     """The recipe as other tools read it from the `parameters` key."""
     negative = f"\nNegative prompt: {recipe['negative_prompt']}" if recipe["negative_prompt"] else ""
+    target = recipe["target_confidence"]
+    temperature = recipe["tau"] if target is None else f"for a confidence of {target}"
     return (
         f"{recipe['prompt']}{negative}\n"
-        f"CFG scale: {recipe['cfg']}, Temperature: {recipe['tau']}, "
+        f"CFG scale: {recipe['cfg']}, Temperature: {temperature}, "
         f"Top k: {recipe['top_k']}, Top p: {recipe['top_p']}, "
         f"Seed: {recipe['seed']}, Size: {recipe['width']}x{recipe['height']}, Model: {recipe['model']}, "
         f"Version: bitgen {recipe['bitgen']}"

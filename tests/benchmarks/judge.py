@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from bitgen_cli.demo import world
 from bitgen_cli.engine.data import to_float, to_tensor
+from bitgen_cli.engine.device import autocast, bf16_is_fast
 from bitgen_cli.files import atomic_path
 
 SIDE = 64
@@ -37,6 +38,7 @@ SIDE = 64
 PICTURES = 9_800
 STEPS = 400
 BATCH = 128
+CPU = torch.device("cpu")
 LEARNING_RATE = 4e-3
 WEIGHT_DECAY = 0.02
 SEED = 770_001
@@ -178,7 +180,7 @@ def train() -> Judge:
     for step in range(STEPS):
         chosen = torch.randint(PICTURES, (BATCH,), generator=rng)
         image = _worsen(to_float(pictures[chosen]), rng).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(CPU, "bf16" if bf16_is_fast(CPU) else "fp32"):
             answers = judge(image)
         losses = [F.cross_entropy(a.float(), w) for a, w in zip(answers, wanted[chosen].T, strict=True)]
         loss = torch.stack(losses).sum()

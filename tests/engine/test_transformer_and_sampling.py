@@ -10,7 +10,7 @@ from bitgen_cli.config import SamplingConfig
 from bitgen_cli.engine import scales
 from bitgen_cli.engine.bits import to_positions
 from bitgen_cli.engine.pyramid import inputs_from_bits
-from bitgen_cli.engine.sampling import SamplingPlan, bit_probabilities, draw_bits, guide, plan
+from bitgen_cli.engine.sampling import SamplingPlan, bit_probabilities, draw_bits, guide, plan, temperatures
 from bitgen_cli.errors import UsageError
 
 ROUNDING = {"atol": 2e-5, "rtol": 0.0}
@@ -73,6 +73,30 @@ def test_bits_depend_on_the_seed_alone() -> None:
 def test_greedy_ignores_the_seed() -> None:
     for scale in draw([1, 2], top_k=1):
         assert torch.equal(scale[0], scale[1])
+
+
+@pytest.mark.parametrize("confidence", [0.55, 0.75, 0.95])
+def test_temperatures_make_bits_as_sure_as_asked(confidence: float) -> None:
+    logits = torch.randn(3, 9, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.3, 1, 5])[:, None, None]
+    found = temperatures(logits, confidence)
+    assert found.shape == (3, 1, 1)
+    one = bit_probabilities(logits / found)
+    assert torch.maximum(one, 1 - one).mean((1, 2)).tolist() == pytest.approx([confidence] * 3, abs=1e-4)
+    assert found.flatten().tolist() == sorted(found.flatten().tolist()), "surer logits need a higher temperature"
+    alone = temperatures(logits[1:2], confidence)
+    assert torch.allclose(alone, found[1:2], rtol=1e-5), "a picture's does not hang on its company"
+
+
+def test_bits_that_nothing_tells_apart_are_drawn_at_any_confidence() -> None:
+    assert torch.isfinite(temperatures(torch.zeros(1, 4, 4), 0.9)).all()
+
+
+def test_a_target_takes_the_place_of_tau() -> None:
+    assert all(map(torch.equal, draw([5], target_confidence=0.8), draw([5], target_confidence=0.8, tau=0.1)))
+    # with nearly certain bits the seed hardly matters any more, as when drawing greedily
+    greedy, sure = draw([5], top_k=1), draw([5], target_confidence=0.999999)
+    same = [torch.equal(a, b) for a, b in zip(greedy, sure, strict=True)]
+    assert all(same)
 
 
 def test_guidance_of_one_is_the_conditional_model() -> None:
