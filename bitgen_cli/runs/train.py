@@ -33,7 +33,7 @@ from bitgen_cli.engine.training_memory import (
 )
 from bitgen_cli.engine.transformer_stage import TransformerStage
 from bitgen_cli.errors import UsageError
-from bitgen_cli.files import write_json
+from bitgen_cli.files import only_writer, write_json
 from bitgen_cli.place import place
 from bitgen_cli.report import Report
 from bitgen_cli.runs.fitting import Fit, fit_of
@@ -296,18 +296,23 @@ def fit(
     *,
     resumed: bool = False,
 ) -> TrainResult:
-    """Runs the loop to its end, from the run's last checkpoint when `resumed`."""
+    """Runs the loop to its end, from the run's last checkpoint when `resumed`; one process at a time may.
+
+    Raises:
+        InputError: another process trains this run.
+    """
     loop = recipe(config, stage_name)
     heard = 0
     try:
-        trainer = Trainer(stage, loop, run, report, ranks)
-        if resumed:
-            saved = run.load_last(report, clean=ranks.first)
-            trainer.load(saved)
-            if ranks.first:
-                heard = run.cut_log(saved.step)
-        with logged(run, report, trainer.progress.step, heard) if ranks.first else nullcontext():
-            values = trainer.fit()
+        with only_writer(run.path) if ranks.first else nullcontext():
+            trainer = Trainer(stage, loop, run, report, ranks)
+            if resumed:
+                saved = run.load_last(report, clean=ranks.first)
+                trainer.load(saved)
+                if ranks.first:
+                    heard = run.cut_log(saved.step)
+            with logged(run, report, trainer.progress.step, heard) if ranks.first else nullcontext():
+                values = trainer.fit()
     finally:
         stage.close()
     return TrainResult(

@@ -149,6 +149,27 @@ def test_readers_end_with_the_training_they_read_for(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+def hold(run: Path) -> None:
+    with files.only_writer(run):
+        files.write_text(run / "held", "")
+        time.sleep(300)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(world: World, tmp_path: Path) -> None:
+    train(options_for("transformer", world, tmp_path / "run", **{**RECIPE, "steps": 2}), Silent())
+    process = processes.start(hold, tmp_path / "run")
+    while not (tmp_path / "run" / "held").is_file():
+        assert process.is_alive()
+        time.sleep(0.05)
+    before = results(tmp_path / "run")
+    with pytest.raises(InputError, match="another process is writing"):
+        resume(tmp_path / "run", Silent(), steps=2, device="cpu")
+    require_same(results(tmp_path / "run"), before)
+    process.kill()
+    process.join()
+    assert resume(tmp_path / "run", Silent(), device="cpu").steps == 4, "the steps asked for were kept"
+
+
 def alive(process: int) -> bool:
     try:
         os.kill(process, 0)
