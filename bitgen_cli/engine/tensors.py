@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Of safetensors."""
 
 
 def save_tensors(
@@ -38,6 +42,45 @@ def save_tensors(
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(file)) from error
+
+
+def stream_tensors(
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    dtype: torch.dtype,
+    metadata: dict[str, str] | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Writes the file that `save_tensors` would, byte for byte, with one tensor at a time in memory.
+
+    Args:
+        tensors: by name, on the CPU; mapped from a file, they take no memory before their turn.
+        file: to write.
+        dtype: number type of the stored tensors.
+        metadata: stored in the file's header.
+        advance: is told the bytes of each tensor that is written.
+
+    Raises:
+        OSError: as for any other file.
+    """
+    names, end = sorted(tensors), 0
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
+    for name in names:
+        begin, end = end, end + tensors[name].numel() * dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            flat = tensors[name].detach().to(dtype).contiguous().view(-1)
+            stream.write(flat.view(torch.uint8).numpy().data)
+            if advance is not None:
+                advance(flat.nbytes)
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
