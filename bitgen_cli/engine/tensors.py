@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -77,10 +78,16 @@ def stream_tensors(
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            flat = tensors[name].detach().to(dtype).contiguous().view(-1)
-            stream.write(flat.view(torch.uint8).numpy().data)
+            written = _write_tensor(stream, tensors[name], dtype)
             if advance is not None:
-                advance(flat.nbytes)
+                advance(written)
+
+
+def _write_tensor(stream: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> int:
+    """Writes the bytes of one tensor, which are gone before the next one's are made; their number."""
+    stored = tensor.detach().to(dtype).contiguous().view(-1).view(torch.uint8).numpy()
+    stream.write(stored.data)
+    return stored.nbytes
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:

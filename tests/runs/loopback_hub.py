@@ -114,7 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif revision not in ("main", hub.commit(repository)):
             self._fail(404, "RevisionNotFound")
         elif api and kind == "revision":
-            self._send(200, json.dumps(self._info(repository)).encode(), {"Content-Type": "application/json"}, with_body)
+            told = json.dumps(self._info(repository)).encode()
+            self._send(200, told, {"Content-Type": "application/json"}, with_body)
         elif name not in hub.files[repository]:
             self._fail(404, "EntryNotFound", {"X-Repo-Commit": hub.commit(repository)})
         else:

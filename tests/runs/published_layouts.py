@@ -31,7 +31,11 @@ _COMMON = (
     "model.scales.resolution=0.06M",
     "sampling.cfg=1",
 )
-_PLAIN = ("model.tokenizer.channel_multipliers=[1,1,1,2,1]", "model.transformer.depth=4", "model.transformer.block_chunks=2")
+_PLAIN = (
+    "model.tokenizer.channel_multipliers=[1,1,1,2,1]",
+    "model.transformer.depth=4",
+    "model.transformer.block_chunks=2",
+)
 _PATCHIFIED = (
     "model.tokenizer.channel_multipliers=[1,1,2,1]",
     "model.transformer.depth=3",
@@ -76,7 +80,8 @@ def sharded(tensors: dict[str, Tensor], suffix: str, folder: str = "") -> dict[s
 
 def plain_blocks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same transformer in `blocks.*` names."""
-    per_chunk = 1 + max(int(found[2]) for key in tensors if (found := re.match(r"block_chunks\.(\d+)\.module\.(\d+)", key)))
+    places = [re.match(r"block_chunks\.(\d+)\.module\.(\d+)", key) for key in tensors]
+    per_chunk = 1 + max(int(found[2]) for found in places if found)
 
     def renamed(key: str) -> str:
         return re.sub(
@@ -101,7 +106,8 @@ def text_encoder() -> dict[str, bytes]:
     whole = tensors | half | {"lm_head.weight": tensors["shared.weight"] + 1}
     described = encoder.model.config.to_dict() | {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
     files = sharded({name: value.contiguous() for name, value in whole.items()}, "safetensors")
-    return files | {"config.json": json.dumps(described).encode(), "tokenizer.json": encoder.vocabulary.to_str().encode()}
+    files["config.json"] = json.dumps(described).encode()
+    return files | {"tokenizer.json": encoder.vocabulary.to_str().encode()}
 
 
 def repositories() -> dict[str, dict[str, bytes]]:

@@ -114,7 +114,7 @@ def test_a_published_model_is_fetched_converted_once_and_drawn_with(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "mine")
     hub.token = "mine"
-    words = ["sample", "a red dog", "--model", "infinity-2b", "--seed", "1", "--device", "cpu", "--no-preview", "--json"]
+    words = ["sample", "a red dog", "--model", "infinity-2b", "--seed", "1", "--device", "cpu", "--json"]
     assert main([*words, "-o", str(tmp_path / "a.png")]) == 0
     drawn = json.loads(capsys.readouterr().out)["pictures"][0]
     commits = {REPOSITORY: hub.commit(REPOSITORY), T5: hub.commit(T5)}
@@ -147,9 +147,7 @@ def test_sharded_patchified_and_plain_names(hub: Hub) -> None:
     assert read_model_config(folder)[0].bits_per_position == 56
 
 
-def test_who_tokenizes_fetches_a_tokenizer_alone(
-    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_who_tokenizes_fetches_a_tokenizer_alone(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("infinity-vae-d64", "infinity-2b"):
         assert main(["tokenize", "world:2", str(tmp_path / name), "--model", name, "--device", "cpu"]) == 0
     asked = {path for _, path, _ in hub.asked}
@@ -320,9 +318,10 @@ def test_the_settings_of_the_hubs_client_hold_for_the_program(
 
 
 def test_no_network() -> None:
-    with pytest.raises(InputError, match=r"cannot fetch FoundationVision/Infinity from http://127.0.0.1:9: .*network") as told:
+    with pytest.raises(InputError, match=r"cannot fetch FoundationVision/Infinity from http://127.0.0.1:9: ") as told:
         provide_model("infinity-2b")
     assert told.value.exit_code == 4
+    assert told.value.hint == "check the network and run the same command again: it goes on where it stopped"
 
 
 def test_offline_with_nothing_there(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,7 +345,7 @@ def test_what_the_hub_does_not_have(hub: Hub) -> None:
         provide_model("infinity-2b")
     index = "infinity_8b_weights/pytorch_model.bin.index.json"
     del hub.files[REPOSITORY]["infinity_8b_weights/pytorch_model-00002-of-00002.bin"]
-    with pytest.raises(InputError, match="has no infinity_8b_weights/pytorch_model-00002-of-00002.bin"):
+    with pytest.raises(InputError, match=r"has no infinity_8b_weights/pytorch_model-00002-of-00002\.bin"):
         provide_model("infinity-8b")
     hub.files[REPOSITORY][index] = json.dumps({"weight_map": {"a": "../../outside.bin"}}).encode()
     with pytest.raises(InputError, match="which is no weight file beside it"):
@@ -361,9 +360,7 @@ def test_what_the_hub_does_not_have(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize(("name", "parts"), [(VAE, TOKENIZER), ("config.json", ("text_encoder",))])
-def test_wrong_bits_are_refused_and_fetched_again(
-    hub: Hub, tmp_path: Path, name: str, parts: Sequence[str]
-) -> None:
+def test_wrong_bits_are_refused_and_fetched_again(hub: Hub, tmp_path: Path, name: str, parts: Sequence[str]) -> None:
     hub.damaged = {name}
     with pytest.raises(InputError, match=f"{name} did not arrive whole: its checksum is .*fetches it again"):
         provide_model("infinity-2b", parts=parts)
@@ -375,7 +372,8 @@ def test_wrong_bits_are_refused_and_fetched_again(
 def test_wrong_files_are_refused_by_name(hub: Hub, tmp_path: Path) -> None:
     files, tokenizer = hub.files[REPOSITORY], dict(weights_of("tok_d32"))
     files[VAE] = torch_file({"vae": {**tokenizer, "extra.weight": torch.zeros(1)}})
-    with pytest.raises(InputError, match=rf"not of this tokenizer \({REPOSITORY}/{VAE}\): unknown autoencoder.extra.weight"):
+    words = rf"not of this tokenizer \({REPOSITORY}/{VAE}\): unknown autoencoder\.extra\.weight"
+    with pytest.raises(InputError, match=words):
         provide_model("infinity-2b", parts=TOKENIZER)
     assert not (tmp_path / "home" / "models" / "infinity-2b" / "tokenizer.safetensors").exists()
     shutil.rmtree(tmp_path / "home")
@@ -385,7 +383,7 @@ def test_wrong_files_are_refused_by_name(hub: Hub, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "home")
     files[VAE] = torch_file({"vae": tokenizer})
     files[MAIN] = torch_file({k: v for k, v in weights_of("transformer_tiny").items() if k != "head.bias"})
-    with pytest.raises(InputError, match="missing head.bias"):
+    with pytest.raises(InputError, match=r"missing head\.bias"):
         provide_model("infinity-2b", parts=TRANSFORMER)
     shutil.rmtree(tmp_path / "home")
     hub.files[T5]["config.json"] = json.dumps({"model_type": "bert"}).encode()
@@ -403,7 +401,7 @@ def test_a_full_disk_is_told_before_anything_is_fetched(hub: Hub, monkeypatch: p
 
 
 def test_names_that_are_nothing() -> None:
-    with pytest.raises(InputError, match="no model at infinity-3b .*published ones are infinity-2b"):
+    with pytest.raises(InputError, match=r"no model at infinity-3b .*published ones are infinity-2b"):
         provide_model("infinity-3b")
 
 
@@ -492,7 +490,8 @@ def test_a_file_that_changes_is_another_model(tmp_path: Path) -> None:
     folder = provide_model(str(file), parts=TOKENIZER)
     first = sha256(folder / "tokenizer.safetensors")
     assert read_model_config(folder)[2] == {"tokenizer": first}
-    changed = {key: value + 1 if value.dtype == torch.float32 else value for key, value in weights_of("tok_d32").items()}
+    whole = weights_of("tok_d32")
+    changed = {key: value + 1 if value.is_floating_point() else value for key, value in whole.items()}
     write(tmp_path, {VAE: torch_file({"vae": changed})})
     os.utime(file, ns=(0, 0))
     assert provide_model(str(file), parts=TOKENIZER) == folder
