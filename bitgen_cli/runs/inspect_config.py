@@ -17,6 +17,7 @@ from bitgen_cli.config import Config, ModelConfig
 from bitgen_cli.config_keys import flatten
 from bitgen_cli.engine.device import free_memory, pick_device
 from bitgen_cli.engine.memory import BYTES, Parameters, parameters, sampling_memory, store_bytes
+from bitgen_cli.engine.model_folder import read_origin
 from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
 from bitgen_cli.engine.subject import SUFFIX, Subject, find_subject, known_subjects, read_subject, unreadable_subjects
 from bitgen_cli.engine.training_memory import (
@@ -145,6 +146,8 @@ def _of_folder(path: Path, options: InspectOptions, report: Report) -> InspectRe
     config = {"name": path.resolve().name, **stored["config"]}
     resolved = _stored(config, {"name": "folder name"}, f"model {path.name}", file, options)
     facts = {"fingerprints": stored["fingerprints"], "files": _file_sizes(path)}
+    revisions = read_origin(path).revisions
+    facts |= {"revisions": revisions} if revisions else {}
     return _result("model", options.target, resolved, {"model": facts}, _model_tables(facts), report)
 
 
@@ -193,10 +196,12 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 def _model_tables(facts: Mapping[str, Any]) -> list[Table]:
     files = [[name, _bytes(size)] for name, size in facts["files"].items()]
     prints = [[str(part), str(value)] for part, value in facts["fingerprints"].items()]
-    return [
+    tables = [
         Table("Files", ["File", "Size"], files),
         Table("Fingerprints (sha256)", ["Part", "Fingerprint"], prints),
     ]
+    commits = [[str(name), str(commit)] for name, commit in facts.get("revisions", {}).items()]
+    return [*tables, Table("Fetched from the hub", ["Repository", "Commit"], commits)] if commits else tables
 
 
 def _is_picture(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -98,7 +99,7 @@ def model_of(files: Files) -> tuple[Config, Published | None]:
     Raises:
         InputError: a geometry that bitgen does not know, or a tokenizer that is missing or of another number of bits.
     """
-    presets = {name: resolve(name, environment={}).config for name in preset_names()}
+    presets = _presets()
     transformer, tokenizer = files.weights.get(TRANSFORMER), files.weights.get(TOKENIZER)
     own_tokenizer = None if tokenizer is None else tokenizer_geometry(tokenizer.renamed.tensors, tokenizer.source)
     if transformer is None:
@@ -124,6 +125,12 @@ def model_of(files: Files) -> tuple[Config, Published | None]:
     if entry is not None:
         geometry = geometry.model_copy(update={"text_length": base.model.transformer.text_length})
     return _config(base, files, tokenizer=own_tokenizer, transformer=geometry), entry
+
+
+@cache
+def _presets() -> dict[str, Config]:
+    """Every preset, whatever the environment says."""
+    return {name: resolve(name, environment={}).config for name in preset_names()}
 
 
 def _config(base: Config, files: Files, **sections: Section | None) -> Config:

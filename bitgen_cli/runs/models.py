@@ -10,7 +10,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def _published(name: str, revision: str, parts: Sequence[str], report: Report) -
     folder = data_folder() / MODELS / (name if revision == REVISION else f"{name}@{revision}")
     if not _lacking(folder, parts):
         return folder
-    with _one_at_a_time(folder):
+    with _one_at_a_time(folder, report):
         config = resolve(entry.preset, overrides=entry.overrides, environment={}).config
         known = read_origin(folder)
         sources = {part: _of_hub(part, entry, config.model, revision, known) for part in _lacking(folder, parts)}
@@ -137,7 +137,7 @@ def _of_files(path: Path, averaged: bool, parts: Sequence[str], report: Report) 
     folder = data_folder() / MODELS / f"{path.stem}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
     if _is_current(folder) and not _lacking(folder, parts):
         return folder
-    with _one_at_a_time(folder):
+    with _one_at_a_time(folder, report):
         if folder.exists() and not _is_current(folder):
             shutil.rmtree(folder)
         files = find_files(path, averaged=averaged)
@@ -277,9 +277,14 @@ def _lacking(folder: Path, parts: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
+def _one_at_a_time(folder: Path, report: Report) -> Iterator[None]:
     """Keeps other processes from making models, and deletes what a killed one has left of this."""
-    with only_writer(folder.parent, wait=True):
+    with ExitStack() as held:
+        try:
+            held.enter_context(only_writer(folder.parent))
+        except InputError:
+            report.notice("another process makes a model: waiting for it")
+            held.enter_context(only_writer(folder.parent, wait=True))
         for left in [*folder.parent.glob(f".{folder.name}.*{PARTIAL}"), *folder.glob(f".*{PARTIAL}")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield

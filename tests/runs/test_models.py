@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from published_layouts import (
     torch_file,
     weights_of,
 )
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from bitgen_cli.__main__ import main
@@ -38,12 +39,15 @@ from bitgen_cli.engine.infinity_weights import renamed_tokenizer, renamed_transf
 from bitgen_cli.engine.model_folder import load_model, read_model_config, read_origin
 from bitgen_cli.errors import InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.files import sha256
+from bitgen_cli.presets import resolve
 from bitgen_cli.report import Silent, Task
-from bitgen_cli.runs import models, published
+from bitgen_cli.runs import published
 from bitgen_cli.runs.models import PARTS, provide_model
 from bitgen_cli.runs.published import REPOSITORY
+from bitgen_cli.runs.start import Init, first_tokenizer
 
 TOKENIZER, TRANSFORMER = ("tokenizer",), ("transformer",)
+AS_PUBLISHED = dict(published.CATALOGUE)
 CHUNK = 50_000
 """Bytes after which the client writes; its own 10 MB are more than these files have."""
 VAE, MAIN = "infinity_vae_d32reg.pth", "infinity_2b_reg.pth"
@@ -122,6 +126,8 @@ def test_a_published_model_is_fetched_converted_once_and_drawn_with(
     folder = tmp_path / "home" / "models" / "infinity-2b"
     assert is_model(folder)
     assert drawn["fingerprints"] == read_model_config(folder)[2]
+    assert main(["inspect-config", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["revisions"] == commits
     assert not hub.leaked
     assert {key for key in hub.asked if "infinity_8b" in key[1] or "README" in key[1]} == set()
     reports = read_origin(folder).reports
@@ -180,6 +186,18 @@ def test_files_that_other_programs_have_fetched_are_used(hub: Hub, tmp_path: Pat
     hub.status = 500
     assert provide_model("infinity-2b", parts=TOKENIZER).is_dir()
     assert hub.asked == []
+
+
+def test_a_training_begins_with_published_weights_by_name(hub: Hub) -> None:
+    entry = SMALLER["infinity-2b"]
+    config = resolve(entry.preset, overrides=entry.overrides, environment={}).config
+    tokenizer, (found,) = first_tokenizer(config, Init(("infinity-2b",)), 0, Silent())
+    assert torch.equal(
+        tokenizer.state_dict()["autoencoder.encoder.conv_in.bias"],
+        expected("tok_d32", torch.float32)["autoencoder.encoder.conv_in.bias"],
+    )
+    assert not found.mismatches()
+    assert not hub.sent(MAIN)
 
 
 # -- broken off --------------------------------------------------------------------------------------------------------
@@ -436,6 +454,9 @@ def test_a_file_takes_what_lies_beside_it_and_no_network(tmp_path: Path, dtype: 
     assert sampling.cfg == 3
     assert load_model(folder).text_encoder is not None
     assert load_model(folder).revisions == {}
+    # the tokenizer is the one that a training begun with the same file takes it for
+    stored = {key: value.contiguous() for key, value in expected("tok_d32", torch.float32).items()}
+    assert prints["tokenizer"] == hashlib.sha256(save(stored)).hexdigest()
 
 
 def test_other_containers_and_names(tmp_path: Path) -> None:
@@ -516,9 +537,7 @@ def test_what_no_model_can_be_made_of(tmp_path: Path) -> None:
 
 
 def test_the_catalogue_is_what_the_presets_describe() -> None:
-    from bitgen_cli.presets import resolve
-
-    for name, entry in models.CATALOGUE.items():
+    for name, entry in AS_PUBLISHED.items():
         config = resolve(entry.preset, overrides=entry.overrides, environment={}).config
         digits = "".join(character for character in name if character.isdigit())
         if entry.transformer is None:
