@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from bitgen_cli.runs.fitting import Fit
     from bitgen_cli.runs.train import TrainOptions
 
+OFFLINE = "HF_HUB_OFFLINE"
+"""Environment variable of the hub's client: --offline sets it."""
 TRACEBACK = "BITGEN_TRACEBACK"
 """Environment variable: set to 1, errors come with the place in the program they come from."""
 _AFTER_THE_FIRST = 4.0
@@ -54,6 +56,13 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["--help", "-h"]},
 )
+
+def _stay_offline(wanted: bool) -> bool:
+    """Keeps this process and those it starts from the network, before anything looks whether it may be used."""
+    if wanted:
+        os.environ[OFFLINE] = "1"
+    return wanted
+
 
 _DRAWING, _OUTPUT, _COMPUTING, _CONFIGURING = "Drawing", "Output", "Computing", "Configuration"
 _LEARNING = "Learning"
@@ -98,7 +107,20 @@ DryRun = Annotated[
     _flag("--dry-run", "Do everything up to the first step, show the memory and disk needed, leave nothing behind."),
 ]
 Dtype = Annotated[str, _option("DTYPE", "auto, fp32, bf16 or fp16.", _COMPUTING)]
-Model = Annotated[str, _option("MODEL", "A model folder, a run folder, or demo, the built-in model.")]
+Model = Annotated[
+    str,
+    _option("MODEL", "A model or run folder, published weights by name (infinity-2b) or file, or demo, the built-in."),
+]
+Offline = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        metavar="",
+        help="Ask nothing of the network: what is not on this machine is an error.",
+        rich_help_panel=_COMPUTING,
+        callback=_stay_offline,
+    ),
+]
 Resolution = Annotated[str | None, _option("RESOLUTION", "Pixel budget: 0.06M, 0.25M, 0.60M or 1M.")]
 Aspects = Annotated[
     str | None,
@@ -271,6 +293,7 @@ def sample(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    offline: Offline = False,
     overrides: Overrides = None,
 ) -> None:
     """Draw pictures from prompts."""
@@ -360,6 +383,7 @@ def tokenize(
     workers: Annotated[int, _option("N", "Processes that read pictures ahead.", _COMPUTING, least=0)] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    offline: Offline = False,
 ) -> None:
     """Turn pictures into bits: a token store to train on.
 
@@ -487,6 +511,7 @@ def train(
         _flag("--overfit-check", "See whether four pictures can be memorised, PASS or FAIL, and leave nothing behind."),
     ] = False,
     device: Device = "auto",
+    offline: Offline = False,
     devices: Devices = None,
     strategy: Strategy = "ddp",
     as_json: Json = False,
@@ -647,6 +672,7 @@ def finetune_subject(
     logs: Logs = None,
     dry_run: DryRun = False,
     device: Device = "auto",
+    offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Teach the model one thing from a few photos, to draw it with a token such as [V].
@@ -753,6 +779,7 @@ def gen_priors(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    offline: Offline = False,
     overrides: Overrides = None,
 ) -> None:
     """Draw pictures of a class, which keep the class while a subject is learned.
@@ -793,6 +820,7 @@ def resume(
     ] = None,
     logs: Logs = None,
     device: Device = "auto",
+    offline: Offline = False,
     devices: Devices = None,
     strategy: Strategy = "ddp",
     as_json: Json = False,
@@ -869,7 +897,7 @@ def inspect_config(
 
 
 _OF_EACH_RUN = ("out", "overrides", "sweep", "name", "as_json")
-_COMPUTES = ("device", "devices", "strategy", "logs")
+_COMPUTES = ("device", "devices", "strategy", "logs", "offline")
 
 
 def _shared_words(context: typer.Context) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -16,7 +16,7 @@ _bitgen() {
         fi
     done
     case "$command $before" in
-        'sample --model') words='demo' paths=folders ;;
+        'sample --model') words='demo infinity-2b infinity-8b infinity-8b-512 infinity-vae-d16 infinity-vae-d24 infinity-vae-d32 infinity-vae-d64' paths=files ;;
         'sample --num-images'|'sample -n') words='' paths= ;;
         'sample --prompts') words='' paths=files ;;
         'sample --seed') words='' paths= ;;
@@ -36,7 +36,7 @@ _bitgen() {
         'sample --device') words='auto cpu cuda mps' paths= ;;
         'sample --dtype') words='auto fp32 bf16 fp16' paths= ;;
         'sample --set') words='' paths= ;;
-        'tokenize --model') words='demo' paths=folders ;;
+        'tokenize --model') words='demo infinity-2b infinity-8b infinity-8b-512 infinity-vae-d16 infinity-vae-d24 infinity-vae-d32 infinity-vae-d64' paths=files ;;
         'tokenize --resolution') words='0.06M 0.25M 0.60M 1M' paths= ;;
         'tokenize --aspect') words='' paths= ;;
         'tokenize --caption-key') words='' paths= ;;
@@ -51,9 +51,9 @@ _bitgen() {
         'tokenize --dtype') words='auto fp32 bf16 fp16' paths= ;;
         'train --data') words='' paths=files ;;
         'train --out') words='' paths=folders ;;
-        'train --preset') words='16bit 32bit 64bit demo infinity-2b infinity-8b layer16 layer24 layer32 layer40 layer48' paths= ;;
+        'train --preset') words='16bit 32bit 64bit demo infinity-2b infinity-8b infinity-8b-512 layer16 layer24 layer32 layer40 layer48' paths= ;;
         'train --stage') words='tokenizer transformer' paths= ;;
-        'train --init') words='demo' paths=folders ;;
+        'train --init') words='demo infinity-2b infinity-8b infinity-8b-512 infinity-vae-d16 infinity-vae-d24 infinity-vae-d32 infinity-vae-d64' paths=files ;;
         'train --allow-init-mismatch') words='' paths= ;;
         'train --aspect') words='' paths= ;;
         'train --caption-key') words='' paths= ;;
@@ -71,7 +71,7 @@ _bitgen() {
         'finetune-subject --class') words='' paths= ;;
         'finetune-subject --token') words='' paths= ;;
         'finetune-subject --name') words='' paths= ;;
-        'finetune-subject --model') words='demo' paths=folders ;;
+        'finetune-subject --model') words='demo infinity-2b infinity-8b infinity-8b-512 infinity-vae-d16 infinity-vae-d24 infinity-vae-d32 infinity-vae-d64' paths=files ;;
         'finetune-subject --out') words='' paths=folders ;;
         'finetune-subject --merge') words='' paths=folders ;;
         'finetune-subject --subject') words='' paths=files ;;
@@ -80,7 +80,7 @@ _bitgen() {
         'finetune-subject --prior-weight') words='' paths= ;;
         'finetune-subject --priors') words='' paths=folders ;;
         'finetune-subject --resolution') words='0.06M 0.25M 0.60M 1M' paths= ;;
-        'finetune-subject --preset') words='16bit 32bit 64bit demo infinity-2b infinity-8b layer16 layer24 layer32 layer40 layer48' paths= ;;
+        'finetune-subject --preset') words='16bit 32bit 64bit demo infinity-2b infinity-8b infinity-8b-512 layer16 layer24 layer32 layer40 layer48' paths= ;;
         'finetune-subject --config') words='' paths=files ;;
         'finetune-subject --set') words='' paths= ;;
         'finetune-subject --sweep') words='print run' paths= ;;
@@ -90,7 +90,7 @@ _bitgen() {
         'finetune-subject --device') words='auto cpu cuda mps' paths= ;;
         'gen-priors --class') words='' paths= ;;
         'gen-priors --count') words='' paths= ;;
-        'gen-priors --model') words='demo' paths=folders ;;
+        'gen-priors --model') words='demo infinity-2b infinity-8b infinity-8b-512 infinity-vae-d16 infinity-vae-d24 infinity-vae-d32 infinity-vae-d64' paths=files ;;
         'gen-priors --template') words='' paths= ;;
         'gen-priors --seed') words='' paths= ;;
         'gen-priors --output'|'gen-priors -o') words='' paths=folders ;;
@@ -109,13 +109,13 @@ _bitgen() {
         *)
             case $command in
                 '') words='sample tokenize train finetune-subject gen-priors resume inspect-config' options='--version --help -h' ;;
-                sample) words='' paths= options='--model --num-images -n --prompts --seed --cfg --cfg-layer --tau --target-confidence --top-k --top-p --greedy --negative-prompt --aspect --resolution --bits --subject --output -o --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --set --help -h' ;;
-                tokenize) words='' paths=files options='--model --resolution --aspect --caption-key --image-root --bits --latents --no-latents --reconstruct --text-features --verify --json --shard --batch-size --workers --device --dtype --help -h' ;;
-                train) words='' paths= options='--data --out --preset --stage --init --allow-init-mismatch --aspect --caption-key --image-root --config --set --sweep --steps --batch-size --seed --log --dry-run --overfit-check --device --devices --strategy --json --help -h' ;;
-                finetune-subject) words='' paths=folders options='--class --token --name --model --out --overwrite --merge --subject --train --prior --prior-weight --priors --flip --no-flip --resolution --preset --config --set --sweep --steps --seed --log --dry-run --device --json --help -h' ;;
-                gen-priors) words='' paths= options='--class --count --model --template --seed --output -o --json --batch-size --device --dtype --set --help -h' ;;
-                resume) words='' paths=folders options='--steps --log --device --devices --strategy --json --help -h' ;;
-                inspect-config) words='16bit 32bit 64bit demo infinity-2b infinity-8b layer16 layer24 layer32 layer40 layer48' paths=files options='--config --set --schema --plot --json --help -h' ;;
+                sample) words='' paths= options='--model --num-images -n --prompts --seed --cfg --cfg-layer --tau --target-confidence --top-k --top-p --greedy --negative-prompt --aspect --resolution --bits --subject --output -o --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --offline --set --help -h' ;;
+                tokenize) words='' paths=files options='--model --resolution --aspect --caption-key --image-root --bits --latents --no-latents --reconstruct --text-features --verify --json --shard --batch-size --workers --device --dtype --offline --help -h' ;;
+                train) words='' paths= options='--data --out --preset --stage --init --allow-init-mismatch --aspect --caption-key --image-root --config --set --sweep --steps --batch-size --seed --log --dry-run --overfit-check --device --offline --devices --strategy --json --help -h' ;;
+                finetune-subject) words='' paths=folders options='--class --token --name --model --out --overwrite --merge --subject --train --prior --prior-weight --priors --flip --no-flip --resolution --preset --config --set --sweep --steps --seed --log --dry-run --device --offline --json --help -h' ;;
+                gen-priors) words='' paths= options='--class --count --model --template --seed --output -o --json --batch-size --device --dtype --offline --set --help -h' ;;
+                resume) words='' paths=folders options='--steps --log --device --offline --devices --strategy --json --help -h' ;;
+                inspect-config) words='16bit 32bit 64bit demo infinity-2b infinity-8b infinity-8b-512 layer16 layer24 layer32 layer40 layer48' paths=files options='--config --set --schema --plot --json --help -h' ;;
             esac
             # options where one is begun, or where nothing else can stand
             if [[ $current == -* || -z "$words$paths" ]]; then

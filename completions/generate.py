@@ -14,6 +14,7 @@ import typer  # noqa: TID251 (it knows the commands)
 
 from bitgen_cli.app import app
 from bitgen_cli.presets import preset_names
+from bitgen_cli.runs.published import CATALOGUE
 
 FOLDER = Path(__file__).parent
 
@@ -42,7 +43,7 @@ def kinds() -> dict[str, Kind]:
         "TARGET...": Kind(presets, "files"),
         "FILE": Kind(paths="files"),
         "PATH": Kind(paths="files"),
-        "MODEL": Kind(("demo",), "folders"),
+        "MODEL": Kind(("demo", *CATALOGUE), "files"),
         "DATA": Kind(paths="files"),
         "STORE": Kind(paths="files"),
         "OUT": Kind(paths="folders"),

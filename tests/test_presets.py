@@ -26,6 +26,7 @@ PARAMETERS = {
     "demo": (1_280_467, 4_022_392),
     "infinity-2b": (110_118_051, 2_204_564_032),
     "infinity-8b": (81_624_209, 8_375_791_824),
+    "infinity-8b-512": (81_624_209, 8_375_791_824),
     "layer16": (110_118_051, 361_633_792),
     "layer24": (110_118_051, 940_944_832),
     "layer32": (110_118_051, 2_256_694_912),
@@ -102,6 +103,7 @@ def test_published_recipe(name: str) -> None:
         ("layer48", 48, 3360, 28, 4),
         ("infinity-2b", 32, 2048, 16, 8),
         ("infinity-8b", 40, 3584, 28, 8),
+        ("infinity-8b-512", 40, 3584, 28, 8),
     ],
 )
 def test_published_geometry(name: str, depth: int, width: int, heads: int, chunks: int) -> None:
@@ -109,7 +111,7 @@ def test_published_geometry(name: str, depth: int, width: int, heads: int, chunk
     geometry = plain(name).model.transformer
     assert (geometry.depth, geometry.width, geometry.heads) == (depth, width, heads)
     assert (geometry.block_chunks, geometry.drop_path, geometry.ffn_ratio) == (chunks, 0.1, 4)
-    assert plain(name).model.bits_per_position == (56 if name == "infinity-8b" else 32)
+    assert plain(name).model.bits_per_position == (56 if name.startswith("infinity-8b") else 32)
 
 
 def test_presets_load_no_torch() -> None:

@@ -97,30 +97,41 @@ class PartReport:
         return f"{self.part}.{key}" if key else self.part
 
 
+def account(
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], report: PartReport, unknown: Iterable[str] = ()
+) -> None:
+    """Tells what becomes of every key of a module and of what is given for it.
+
+    Args:
+        expected: the module's state dict; only names and shapes count.
+        given: tensors by the module's names.
+        report: gets every key; `adapted` ones are there already.
+        unknown: names of the source for which there is none of ours.
+    """
+    report.new += sorted(expected.keys() - given.keys())
+    report.dropped += [*sorted(given.keys() - expected.keys()), *unknown]
+    for key, own in expected.items():
+        if key not in given:
+            continue
+        if given[key].shape != own.shape:
+            report.misshapen.append(Misshapen(key, str(tuple(given[key].shape)), str(tuple(own.shape))))
+        elif key not in report.adapted:
+            report.loaded.append(key)
+
+
 @torch.no_grad()
 def begin(module: nn.Module, given: Mapping[str, Tensor], report: PartReport, unknown: Iterable[str] = ()) -> None:
     """Copies what fits into a module that has fresh weights, and fills the report.
 
     Args:
         module: changed in place.
-        given: tensors by the module's names.
-        report: gets every key; `adapted` ones are there already.
-        unknown: names of the source for which there is none of ours.
+        given, report, unknown: as in `account`.
     """
     expected = module.state_dict()
-    for key in sorted(expected.keys() - given.keys()):
-        report.new.append(key)
-    for key in [*sorted(given.keys() - expected.keys()), *unknown]:
-        report.dropped.append(key)
+    account(expected, given, report, unknown)
     for key, own in expected.items():
-        if key not in given:
-            continue
-        if given[key].shape != own.shape:
-            report.misshapen.append(Misshapen(key, str(tuple(given[key].shape)), str(tuple(own.shape))))
-            continue
-        own.copy_(given[key])
-        if key not in report.adapted:
-            report.loaded.append(key)
+        if key in given and given[key].shape == own.shape:
+            own.copy_(given[key])
 
 
 def not_allowed(reports: Sequence[PartReport], allowed: Sequence[str]) -> list[tuple[str, list[str]]]:

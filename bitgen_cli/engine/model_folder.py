@@ -4,6 +4,7 @@
     tokenizer.safetensors     autoencoder weights
     transformer.safetensors   absent while only the tokenizer is trained
     text_encoder/             a transformers folder; absent when the configuration names a hub repository
+    origin.json               only of a model made from published files: which, and what became of every key
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,11 +30,15 @@ from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.files import atomic_folder, explain, read_json, write_json
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 FORMAT = 1
 BUILT_IN = "demo"
 TOKENIZER_FILE = "tokenizer.safetensors"
 TRANSFORMER_FILE = "transformer.safetensors"
 TEXT_FOLDER = "text_encoder"
+ORIGIN_FILE = "origin.json"
 _INCIDENTAL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """Values of a text encoder's configuration that say how it came to be."""
 
@@ -45,6 +52,7 @@ class Model:
         config: what defines it.
         sampling: defaults it was saved with.
         fingerprints: sha256 of each part's file, for example `tokenizer`.
+        revisions: repositories of the hub that parts were fetched from, and the commit of each.
     """
 
     folder: Path
@@ -54,6 +62,7 @@ class Model:
     tokenizer: Tokenizer | None = None
     transformer: Transformer | None = None
     text_encoder: TextEncoder | None = None
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_model(name: str) -> Path:
@@ -125,14 +134,21 @@ def save_model(
         if text_encoder is not None:
             _save_text_encoder(text_encoder, temporary / TEXT_FOLDER, dtype)
             parts["text_encoder"] = fingerprint(temporary / TEXT_FOLDER)
-        write_json(
-            temporary / "config.json",
-            {
-                "format": FORMAT,
-                "config": {"model": config.model_dump(mode="json"), "sampling": sampling.model_dump(mode="json")},
-                "fingerprints": parts,
-            },
-        )
+        describe_model(temporary, config, sampling, parts)
+
+
+def describe_model(
+    folder: Path, config: ModelConfig, sampling: SamplingConfig, fingerprints: Mapping[str, str]
+) -> None:
+    """Writes config.json of a model folder, whole or not at all.
+
+    Args:
+        folder: whose parts are there.
+        config, sampling: stored resolved.
+        fingerprints: of each part.
+    """
+    stored = {"model": config.model_dump(mode="json"), "sampling": sampling.model_dump(mode="json")}
+    write_json(folder / "config.json", {"format": FORMAT, "config": stored, "fingerprints": dict(fingerprints)})
 
 
 def read_model_config(folder: Path) -> tuple[ModelConfig, SamplingConfig, dict[str, str]]:
@@ -153,6 +169,42 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, SamplingConfig, dict[s
         reason = str(error).splitlines()[0]
         raise InputError(f"{file} does not describe a model: {reason}") from error
     return config, sampling, fingerprints
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the parts of a model that was made from published files come from.
+
+    Attributes:
+        revisions: repositories of the hub, and the commit of each that is used.
+        files: files of the user's own, by their paths: bytes and time of the last change in nanoseconds.
+        reports: of each part, what became of every key (beginning.PartReport).
+    """
+
+    revisions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, list[int]] = field(default_factory=dict)
+    reports: dict[str, Any] = field(default_factory=dict)
+
+
+def read_origin(folder: Path) -> Origin:
+    """Where a model comes from; empty for one that was trained here.
+
+    Raises:
+        InputError: its origin.json is damaged.
+    """
+    file = folder / ORIGIN_FILE
+    if not file.is_file():
+        return Origin()
+    stored = read_json(file)
+    names = Origin.__dataclass_fields__.keys()
+    if not isinstance(stored, dict) or stored.keys() != names or not all(isinstance(v, dict) for v in stored.values()):
+        raise InputError(f"{file} is damaged: it must hold {', '.join(names)}")
+    return Origin(**stored)
+
+
+def write_origin(folder: Path, origin: Origin) -> None:
+    """Keeps where a model comes from, whole or not at all."""
+    write_json(folder / ORIGIN_FILE, vars(origin))
 
 
 def load_model(
@@ -176,7 +228,7 @@ def load_model(
     """
     device = torch.device(device)
     config, sampling, fingerprints = read_model_config(folder)
-    model = Model(folder, config, sampling, fingerprints)
+    model = Model(folder, config, sampling, fingerprints, revisions=read_origin(folder).revisions)
     if "tokenizer" in parts:
         with torch.device("meta"):
             model.tokenizer = Tokenizer(config.tokenizer)
@@ -227,11 +279,18 @@ def _fill(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtyp
 
 def _save_text_encoder(encoder: TextEncoder, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir()
-    # only what defines it: where it was loaded from, and as what, must not change the fingerprint
-    values = {name: value for name, value in encoder.model.config.to_diff_dict().items() if name not in _INCIDENTAL}
-    write_json(folder / "config.json", values)
+    describe_text_encoder(folder, encoder.model.config)
     save_tensors(weights(encoder.model), folder / "model.safetensors", dtype, metadata={"format": "pt"})
     encoder.vocabulary.save(str(folder / "tokenizer.json"))
+
+
+def describe_text_encoder(folder: Path, config: PretrainedConfig) -> None:
+    """Writes config.json of a text encoder: only what defines it.
+
+    Where it was loaded from, and as what, must not change its fingerprint.
+    """
+    values = {name: value for name, value in config.to_diff_dict().items() if name not in _INCIDENTAL}
+    write_json(folder / "config.json", values)
 
 
 def _load_text_encoder(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Of safetensors."""
 
 
 def save_tensors(
@@ -38,6 +43,51 @@ def save_tensors(
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(file)) from error
+
+
+def stream_tensors(
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    dtype: torch.dtype,
+    metadata: dict[str, str] | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Writes the file that `save_tensors` would, byte for byte, with one tensor at a time in memory.
+
+    Args:
+        tensors: by name, on the CPU; mapped from a file, they take no memory before their turn.
+        file: to write.
+        dtype: number type of the stored tensors.
+        metadata: stored in the file's header.
+        advance: is told the bytes of each tensor that is written.
+
+    Raises:
+        OSError: as for any other file.
+    """
+    names, end = sorted(tensors), 0
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
+    for name in names:
+        begin, end = end, end + tensors[name].numel() * dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            written = _write_tensor(stream, tensors[name], dtype)
+            if advance is not None:
+                advance(written)
+
+
+def _write_tensor(stream: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> int:
+    """Writes the bytes of one tensor, which are gone before the next one's are made; their number."""
+    stored = tensor.detach().to(dtype).contiguous().view(-1).view(torch.uint8).numpy()
+    stream.write(stored.data)
+    return stored.nbytes
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:

@@ -25,6 +25,13 @@ from bitgen_cli.files import explain, read_json
 TOKENIZER, TRANSFORMER = "tokenizer", "transformer"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 INDEX_SUFFIX = ".index.json"
+FOLDER_NAMES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+"""What transformers calls the weights of a folder; the first that is there is taken."""
 LARGEST_INDEX = 64 * 2**20
 """Bytes of an index of shards that are read."""
 
@@ -70,9 +77,38 @@ def read_weight_file(path: Path, *, averaged: bool = False) -> list[PartWeights]
     Raises:
         InputError: missing or damaged, holds other things than tensors, or no part of a model.
     """
-    content = _read_shards(path) if path.is_dir() or path.name.endswith(INDEX_SUFFIX) else _read(path)
-    parts = _parts(path, content, averaged=averaged)
+    parts = _parts(path, read_content(path), averaged=averaged)
     return [_renamed(part, source, _tensors(state, source)) for part, source, state in parts]
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """What a file, an index of shards or a folder with one holds, by the names it has there.
+
+    Raises:
+        InputError: missing or damaged, or holds other things than tensors.
+    """
+    return _read_shards(path) if path.is_dir() or path.name.endswith(INDEX_SUFFIX) else _read(path)
+
+
+def find_index(path: Path) -> Path:
+    """The index of shards that a path is, or that a folder has.
+
+    Raises:
+        InputError: there is none, or several.
+    """
+    indices = sorted(path.glob(f"*{INDEX_SUFFIX}")) if path.is_dir() else [path]
+    if len(indices) != 1:
+        raise InputError(f"{path} holds {len(indices)} indices of shards: which one?", "name the file")
+    return indices[0]
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files of an index of shards, all of which must lie beside it.
+
+    Raises:
+        InputError: it is no such index, or names other places.
+    """
+    return sorted(set(_weight_map(index).values()))
 
 
 def _parts(path: Path, content: Mapping[str, Any], *, averaged: bool) -> list[tuple[str, str, Mapping[str, Any]]]:
@@ -119,11 +155,20 @@ def _tensors(state: Mapping[str, Any], source: str) -> dict[str, Tensor]:
 
 
 def _read_shards(path: Path) -> dict[str, Any]:
-    """All shards of an index, each of which must lie beside it."""
-    indices = sorted(path.glob(f"*{INDEX_SUFFIX}")) if path.is_dir() else [path]
-    if len(indices) != 1:
-        raise InputError(f"{path} holds {len(indices)} indices of shards: which one?", "name the file")
-    (index,) = indices
+    """All shards of an index."""
+    index = find_index(path)
+    names = _weight_map(index)
+    found: dict[str, Any] = {}
+    for name in sorted(set(names.values())):
+        found.update(_read(index.parent / name))
+    missing = sorted(names.keys() - found.keys())
+    if missing:
+        raise InputError(f"the shards of {index} lack {len(missing)} tensors: {', '.join(missing[:4])}")
+    return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensors by name, and the file beside the index that each is in."""
     try:
         size = index.stat().st_size
     except OSError as error:
@@ -134,15 +179,10 @@ def _read_shards(path: Path) -> dict[str, Any]:
     names = stored.get("weight_map") if isinstance(stored, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"{index} is no index of shards: weight_map is missing")
-    found: dict[str, Any] = {}
-    for name in sorted(set(names.values())):
+    for name in names.values():
         if Path(name).name != name or not name.endswith(SUFFIXES):
             raise InputError(f"{index} names {name!r}, which is no weight file beside it")
-        found.update(_read(index.parent / name))
-    missing = sorted(names.keys() - found.keys())
-    if missing:
-        raise InputError(f"the shards of {index} lack {len(missing)} tensors: {', '.join(missing[:4])}")
-    return found
+    return names
 
 
 def _read(file: Path) -> dict[str, Any]:

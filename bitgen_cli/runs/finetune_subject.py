@@ -22,7 +22,6 @@ from bitgen_cli.engine.model_folder import (
     TOKENIZER_FILE,
     TRANSFORMER_FILE,
     Model,
-    find_model,
     fingerprint,
     load_model,
     read_model_config,
@@ -60,6 +59,7 @@ from bitgen_cli.report import Report
 from bitgen_cli.runs.fitting import PROGRAM, Fit, fit_of, lower_resolution, size, with_recipe
 from bitgen_cli.runs.gen_priors import check_class, with_article
 from bitgen_cli.runs.logs import plan_logs
+from bitgen_cli.runs.models import provide_model
 from bitgen_cli.runs.recipes import subject_recipe
 from bitgen_cli.runs.subject_material import (
     class_samples,
@@ -249,7 +249,7 @@ def _begin(options: SubjectOptions, report: Report) -> _Begun:
     run.refuse_used()
     source = find_photos(options.photos, report)
     photos = [source.image(index) for index in range(len(source))]
-    folder = find_model(options.model)
+    folder = provide_model(options.model, report)
     resolved = _resolve(options, Model(folder, *read_model_config(folder)), device)
     training = recipe_of(resolved.config)
     model = _whole_model(folder, options.model, device, training.precision)
@@ -294,7 +294,7 @@ def resume_subject(
         header = header.model_copy(update={"recipe": {**header.recipe, "steps": training.steps}})
     run.refuse_finished(training.steps)
     where = prepare_device(device)
-    model = _whole_model(find_model(base), base, where, training.precision)
+    model = _whole_model(provide_model(base, report), base, where, training.precision)
     if model.fingerprints != header.base:
         raise InputError(f"the base model {base} has changed since {run.path} was begun", "learn the subject again")
     _learn_token(model, header)
@@ -321,7 +321,7 @@ def merge_subject(name: str, base: str, out: Path, report: Report) -> Path:
         InputError: a file cannot be read or written.
     """
     subject = find_subject(name)
-    model = _whole_model(find_model(base), base, torch.device("cpu"), "fp32")
+    model = _whole_model(provide_model(base, report), base, torch.device("cpu"), "fp32")
     return _merge(subject, model, out, report)
 
 

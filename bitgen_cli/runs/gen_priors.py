@@ -29,12 +29,13 @@ from bitgen_cli.config import SamplingConfig, SubjectTraining
 from bitgen_cli.engine.captions import captions_beside
 from bitgen_cli.engine.data import SUFFIXES, picture_size, to_pil, to_uint8
 from bitgen_cli.engine.device import keep_freed_memory, pick_device
-from bitgen_cli.engine.model_folder import BUILT_IN, Model, find_model, fingerprint, load_model, read_model_config
+from bitgen_cli.engine.model_folder import BUILT_IN, Model, fingerprint, load_model, read_model_config
 from bitgen_cli.engine.sampling import draw_bits, plan
 from bitgen_cli.engine.scales import Schedule, nearest_ratio, schedule
 from bitgen_cli.errors import InputError, Interrupted, UsageError
 from bitgen_cli.files import PARTIAL, data_folder, explain, read_json, write_json
 from bitgen_cli.report import Report, Task
+from bitgen_cli.runs.models import provide_model
 from bitgen_cli.runs.recipes import subject_recipe
 from bitgen_cli.runs.sample import (
     BATCH,
@@ -220,7 +221,7 @@ def gen_priors(options: PriorOptions, report: Report, model: Model | None = None
         Interrupted: stopped by the user; the pictures made so far are kept.
     """
     started = time.perf_counter()
-    base = _without_weights(options.model) if model is None else model
+    base = _without_weights(options.model, report) if model is None else model
     wanted, scales = _wanted(options, base)
     place = default_folder(wanted) if options.output is None else options.output
     place = place.expanduser()
@@ -352,8 +353,8 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
 
 
-def _without_weights(name: str) -> Model:
-    folder = find_model(name)
+def _without_weights(name: str, report: Report) -> Model:
+    folder = provide_model(name, report)
     return Model(folder, *read_model_config(folder))
 
 
@@ -579,7 +580,7 @@ def _loaded(options: PriorOptions, model: Model | None) -> Model:
     """
     if model is None:
         keep_freed_memory()
-        device, folder = pick_device(options.device), find_model(options.model)
+        device, folder = pick_device(options.device), provide_model(options.model)
         model = load_model(folder, device=device, dtype=drawing_dtype(options.dtype, folder, device))
     if model.transformer is None or model.text_encoder is None or model.tokenizer is None:
         raise InputError(f"the model {options.model} has no transformer and text encoder yet", "bitgen train makes one")

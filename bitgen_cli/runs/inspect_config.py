@@ -15,8 +15,9 @@ from typing import Any
 
 from bitgen_cli.config import Config, ModelConfig
 from bitgen_cli.config_keys import flatten
-from bitgen_cli.engine.device import pick_device
+from bitgen_cli.engine.device import free_memory, pick_device
 from bitgen_cli.engine.memory import BYTES, Parameters, parameters, sampling_memory, store_bytes
+from bitgen_cli.engine.model_folder import read_origin
 from bitgen_cli.engine.scales import Schedule, nearest_ratio, ratios, schedule
 from bitgen_cli.engine.subject import SUFFIX, Subject, find_subject, known_subjects, read_subject, unreadable_subjects
 from bitgen_cli.engine.training_memory import (
@@ -145,6 +146,8 @@ def _of_folder(path: Path, options: InspectOptions, report: Report) -> InspectRe
     config = {"name": path.resolve().name, **stored["config"]}
     resolved = _stored(config, {"name": "folder name"}, f"model {path.name}", file, options)
     facts = {"fingerprints": stored["fingerprints"], "files": _file_sizes(path)}
+    revisions = read_origin(path).revisions
+    facts |= {"revisions": revisions} if revisions else {}
     return _result("model", options.target, resolved, {"model": facts}, _model_tables(facts), report)
 
 
@@ -193,10 +196,12 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 def _model_tables(facts: Mapping[str, Any]) -> list[Table]:
     files = [[name, _bytes(size)] for name, size in facts["files"].items()]
     prints = [[str(part), str(value)] for part, value in facts["fingerprints"].items()]
-    return [
+    tables = [
         Table("Files", ["File", "Size"], files),
         Table("Fingerprints (sha256)", ["Part", "Fingerprint"], prints),
     ]
+    commits = [[str(name), str(commit)] for name, commit in facts.get("revisions", {}).items()]
+    return [*tables, Table("Fetched from the hub", ["Repository", "Commit"], commits)] if commits else tables
 
 
 def _is_picture(path: Path) -> bool:
@@ -313,7 +318,8 @@ def _result(
         name: sampling_memory(model, counts, scales, BYTES[name]).to_json()
         for name in ("fp32", "bf16")  # fp16 needs what bf16 does
     }
-    layout = Layout(pick_device("auto"))
+    device = pick_device("auto")
+    layout = Layout(device)
     stages = {
         "tokenizer": tokenizer_training_memory(config, counts, scales, layout),
         "transformer": transformer_training_memory(config, counts, scales, layout),
@@ -333,7 +339,7 @@ def _result(
         "picture": picture,
         "ratios": _ratio_facts(model),
         "parameters": {**asdict(counts), "total": counts.total},
-        "memory": {"sampling": sampling, "training": training},
+        "memory": {"sampling": sampling, "training": training, "free": {device.type: free_memory(device)}},
     }
     tables = [
         *more_tables,
@@ -346,7 +352,7 @@ def _result(
         _picture_table(picture),
         *([_ratio_table(facts["ratios"])] if len(facts["ratios"]) > 1 else []),
         _parameter_table(counts),
-        _sampling_table(sampling, picture),
+        _sampling_table(sampling, picture, facts["memory"]["free"]),
         *([_training_table(config, training)] if any(training.values()) else []),
     ]
     return InspectResult(kind, facts, tables)
@@ -457,11 +463,15 @@ _SAMPLING_ROWS = {
 }
 
 
-def _sampling_table(sampling: Mapping[str, Mapping[str, int]], picture: Mapping[str, Any]) -> Table:
+def _sampling_table(
+    sampling: Mapping[str, Mapping[str, int]], picture: Mapping[str, Any], free: Mapping[str, int | None]
+) -> Table:
     rows = [
         [label, *(_bytes(sampling[number][name]) for number in sampling)]
         for name, label in _SAMPLING_ROWS.items()
     ]
+    told = {device: _bytes(left) for device, left in free.items() if left is not None}
+    rows += [[f"Free now ({device})", *[left] * len(sampling)] for device, left in told.items()]
     size = f"{picture['height']}x{picture['width']}"
     return Table(f"Memory for sampling one picture of {size} with guidance, estimated", ["", *sampling], rows)
 

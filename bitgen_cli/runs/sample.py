@@ -21,7 +21,7 @@ from bitgen_cli.config import SamplingConfig
 from bitgen_cli.engine.active_bits import bits_in_use
 from bitgen_cli.engine.data import grid, to_pil, to_tensor, to_uint8
 from bitgen_cli.engine.device import DTYPES, keep_freed_memory, pick_device, pick_dtype
-from bitgen_cli.engine.model_folder import Model, find_model, load_model, read_model_config
+from bitgen_cli.engine.model_folder import Model, load_model, read_model_config
 from bitgen_cli.engine.sampling import generate, plan
 from bitgen_cli.engine.scales import Schedule, buckets, ratios, schedule
 from bitgen_cli.engine.subject import Subject, Worn, choose_subjects, find_subject, known_subjects, wearing
@@ -33,6 +33,7 @@ from bitgen_cli.files import atomic_path, explain
 from bitgen_cli.presets import resolve_stored
 from bitgen_cli.report import Report, Task
 from bitgen_cli.runs.inspect_config import RECIPE
+from bitgen_cli.runs.models import provide_model
 
 BATCH = 8
 """Pictures drawn at once when nothing else is asked for."""
@@ -64,7 +65,7 @@ class SampleOptions:
     Attributes:
         prompts: a picture, or `num_images` of them, for each.
         prompts_file: more prompts, one a line or JSON lines with options of their own; `-` is stdin.
-        model: `demo`, a model folder or a run folder.
+        model: as in models.provide_model.
         num_images: per prompt.
         batch_size: pictures drawn at once; no influence on them.
         seed: of each prompt's first picture, the next ones count up; None draws one.
@@ -198,7 +199,7 @@ def sample(options: SampleOptions, report: Report) -> SampleResult:
         raise UsageError("no prompt", 'for example: bitgen sample "a red dog on the moon"')
     if not all(request.prompts[0].strip() for request in requests):
         raise UsageError("the prompt is empty", "say what to draw")
-    parts = _load(options)
+    parts = _load(options, report)
     jobs = [job for request in requests for job in _jobs(request, parts)]
     _tell_subjects(jobs, report)
     if options.output is not None:
@@ -373,9 +374,9 @@ def _schedule(options: SampleOptions, model: Model) -> Schedule:
 # -- drawing -----------------------------------------------------------------------------------------------------
 
 
-def _load(options: SampleOptions) -> _Parts:
+def _load(options: SampleOptions, report: Report) -> _Parts:
     device = pick_device(options.device)
-    folder = find_model(options.model)
+    folder = provide_model(options.model, report)
     dtype = drawing_dtype(options.dtype, folder, device)
     model = load_model(folder, device=device, dtype=dtype)
     if model.transformer is None or model.tokenizer is None or model.text_encoder is None:
@@ -454,6 +455,7 @@ def base_recipe(prompt: str, negative: str | None, seed: int, name: str, model: 
         "seed": seed,
         "model": name,
         "fingerprints": model.fingerprints,
+        **({"revisions": dict(model.revisions)} if model.revisions else {}),
         "dtype": dtypes[model.transformer.dtype],
         "device": model.transformer.device.type,
     }

@@ -17,6 +17,7 @@ from bitgen_cli.config import Config, ModelConfig, ScalesConfig, TextEncoderConf
 from bitgen_cli.engine.active_bits import bits_in_use
 from bitgen_cli.engine.beginning import SHOWN, Misshapen, PartReport, begin, not_allowed, unused
 from bitgen_cli.engine.checkpoint import RunFolder
+from bitgen_cli.engine.conversion import TEXT_ENCODER
 from bitgen_cli.engine.infinity_weights import fit_rows
 from bitgen_cli.engine.memory import text_geometry
 from bitgen_cli.engine.model_folder import (
@@ -24,7 +25,6 @@ from bitgen_cli.engine.model_folder import (
     TOKENIZER_FILE,
     TRANSFORMER_FILE,
     Model,
-    find_model,
     load_model,
     read_model_config,
     save_model,
@@ -38,11 +38,11 @@ from bitgen_cli.engine.weight_files import TOKENIZER, TRANSFORMER, PartWeights, 
 from bitgen_cli.errors import UsageError
 from bitgen_cli.files import write_json
 from bitgen_cli.report import Report
+from bitgen_cli.runs.local_files import AVERAGED
+from bitgen_cli.runs.models import provide_model, published_parts
 from bitgen_cli.runs.text_features import has_features_for
 from bitgen_cli.runs.tokens import Data, open_tokens
 
-TEXT_ENCODER = "text_encoder"
-AVERAGED = "ema"
 REPORT_FILE = "init_report.json"
 ALLOW = "--allow-init-mismatch"
 
@@ -56,9 +56,9 @@ class Init:
     """What --init and its companion say.
 
     Attributes:
-        models: each a model folder, a run folder, `demo`, or a file in a published layout or ours; behind it may stand
-            `:tokenizer` or `:transformer`, to take that part alone, or `:ema`, for a published trainer's averaged
-            weights. The last one that has a part gives it.
+        models: each a model folder, a run folder, `demo`, a published model's name, or a file in a published layout
+            or ours; behind it may stand `:tokenizer` or `:transformer`, to take that part alone, or `:ema`, for the
+            averaged weights of a published trainer. The last one that has a part gives it.
         allowed: keys that may differ: a key, its beginning up to a dot, or a pattern.
     """
 
@@ -98,7 +98,7 @@ def first_tokenizer(config: Config, init: Init, seed: int, report: Report) -> tu
     """
     tokenizer = Tokenizer(config.model.tokenizer)
     tokenizer.autoencoder.initialise(torch.Generator().manual_seed(seed))
-    source = _last(_sources(init.models), TOKENIZER)
+    source = _last(_sources(init.models, (TOKENIZER,), report), TOKENIZER)
     if init.models and source is None:
         raise UsageError(f"stage tokenizer begins with a tokenizer, and {' and '.join(init.models)} holds none")
     found = PartReport(TOKENIZER, None if source is None else source.name)
@@ -127,7 +127,7 @@ def first_parts(
         UsageError: no tokenizer, another one than a store's, or weights that do not fit and are not allowed to.
         InputError: something cannot be read.
     """
-    sources = _sources(init.models)
+    sources = _sources(init.models, (TOKENIZER, TRANSFORMER), report)
     tokenizer = _last(sources, TOKENIZER)
     if tokenizer is None:
         raise UsageError(
@@ -231,11 +231,12 @@ class _Source:
         return None if self.folder is None else self.folder / name
 
 
-def _sources(models: Sequence[str]) -> list[_Source]:
-    return [_source(name) for name in models]
+def _sources(models: Sequence[str], parts: Sequence[str], report: Report) -> list[_Source]:
+    """Each --init; of published models the parts alone that a training begins with."""
+    return [_source(name, parts, report) for name in models]
 
 
-def _source(name: str) -> _Source:
+def _source(name: str, parts: Sequence[str], report: Report) -> _Source:
     place, _, only = name.rpartition(":")
     if only not in (TOKENIZER, TRANSFORMER, AVERAGED) or not place or Path(name).exists():
         place, only = name, ""
@@ -245,7 +246,8 @@ def _source(name: str) -> _Source:
         return _Source(name, weights=weights, only=TRANSFORMER if only == AVERAGED else only or None)
     if only == AVERAGED:
         raise UsageError(f"--init {name}: :{AVERAGED} belongs to a file of the published trainer")
-    folder = find_model(place)
+    wanted = (only,) if only else parts
+    folder = provide_model(place, report, [part for part in wanted if part in published_parts(place)])
     return _Source(name, folder, read_model_config(folder)[0], only=only or None)
 
 

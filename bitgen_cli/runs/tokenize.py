@@ -16,7 +16,7 @@ from bitgen_cli.engine.active_bits import bits_in_use
 from bitgen_cli.engine.codec import Codec
 from bitgen_cli.engine.data_report import FILE, BadPicture, DataReport, announce, count_captions, data_report, read_bad
 from bitgen_cli.engine.device import keep_freed_memory, pick_device, pick_dtype
-from bitgen_cli.engine.model_folder import TEXT_FOLDER, Model, find_model, load_model, read_model_config
+from bitgen_cli.engine.model_folder import TEXT_FOLDER, Model, load_model, read_model_config
 from bitgen_cli.engine.scales import Schedule, buckets, nearest, schedule
 from bitgen_cli.engine.sources import PictureSource, open_source
 from bitgen_cli.engine.store import TokenStore
@@ -24,11 +24,13 @@ from bitgen_cli.engine.store_format import Manifest, StoredPart, StoredRow, is_e
 from bitgen_cli.engine.store_parts import join, require_division
 from bitgen_cli.engine.store_writer import StoreWriter
 from bitgen_cli.engine.text import find_vocabulary
+from bitgen_cli.engine.weight_files import TOKENIZER
 from bitgen_cli.errors import Interrupted, ResourceError, UsageError
 from bitgen_cli.files import only_writer, write_json
 from bitgen_cli.place import place
 from bitgen_cli.report import Report
 from bitgen_cli.runs.encoding import Reader, fill
+from bitgen_cli.runs.models import provide_model
 from bitgen_cli.runs.reconstruct import reconstruct
 from bitgen_cli.runs.text_features import add_text_features, find_text
 
@@ -151,7 +153,7 @@ def tokenize(options: TokenizeOptions, report: Report) -> TokenizeResult:
     device = _pick_device(options.device)
     if device.type == "cpu":
         keep_freed_memory()
-    model_folder = find_model(options.model)
+    model_folder = provide_model(options.model, report, (TOKENIZER,))
     bits = bits_in_use(read_model_config(model_folder)[0].tokenizer, options.bits)
     model = load_model(model_folder, device=device, parts=("tokenizer",))
     assert model.tokenizer is not None
