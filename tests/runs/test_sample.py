@@ -156,6 +156,16 @@ def test_greedy_is_the_same_for_every_seed(model: str) -> None:
     assert pixels(first[0]) == pixels(second[0])
 
 
+def test_a_target_confidence_takes_the_place_of_the_temperature(model: str) -> None:
+    (picture,) = draw(model, "a dog", seed=1, target_confidence=0.8)
+    assert picture.recipe["target_confidence"] == 0.8
+    with Image.open(picture.path) as image:
+        image.load()
+        assert "Temperature: for a confidence of 0.8" in image.text["parameters"]
+    (lively,), (plain,) = draw(model, "a dog", seed=1, target_confidence=0.55), draw(model, "a dog", seed=1)
+    assert pixels(lively) != pixels(plain)
+
+
 def test_a_long_prompt_is_cut_with_a_notice(model: str) -> None:
     report = Silent()
     sample(SampleOptions(prompts=("a red dog on the moon " * 9,), model=model, seed=1), report)
@@ -180,6 +190,9 @@ def test_a_long_prompt_is_cut_with_a_notice(model: str) -> None:
         ({"prompts": ("a",), "output": "{what}.png"}, UsageError, "unknown field {what}"),
         ({"prompts": ("a",), "overrides": ("model.depth=3",)}, UsageError, "only sampling values"),
         ({"prompts": ("a",), "greedy": True, "top_k": 5}, UsageError, "--greedy"),
+        ({"prompts": ("a",), "greedy": True, "target_confidence": 0.8}, UsageError, "target_confidence"),
+        ({"prompts": ("a",), "tau": "1", "target_confidence": 0.8}, UsageError, "--target-confidence"),
+        ({"prompts": ("a",), "target_confidence": 0.4}, ConfigError, "target_confidence"),
         ({"prompts_file": "missing.txt"}, InputError, "missing.txt"),
     ],
 )
