@@ -33,6 +33,8 @@ AVERAGED = "ema"
 """Stands behind a file of the published trainer, to take its averaged weights."""
 TOKENIZER_WORDS = ("vae", "tokenizer")
 """One of them is in the name of a tokenizer's file."""
+PATCHIFIED = 8
+"""Stride of the published tokenizer of which a transformer predicts 2x2 positions at once."""
 PLAIN = "32bit"
 """Whose sampling defaults and text encoder a model has that no preset describes."""
 
@@ -85,9 +87,9 @@ def find_files(path: Path, *, averaged: bool = False) -> Files:
         if beside is not None:
             found[TOKENIZER] = beside[1]
             files.read += _files(beside[0])
-    if TRANSFORMER in found:
-        width = found[TRANSFORMER].renamed.tensors["null_text"].shape[-1]
-        files.text_encoder = _text_encoder_beside(places, width)
+    prompt = found[TRANSFORMER].renamed.tensors.get("null_text") if TRANSFORMER in found else None
+    if prompt is not None and prompt.ndim == 2:
+        files.text_encoder = _text_encoder_beside(places, prompt.shape[1])
     return files
 
 
@@ -194,8 +196,8 @@ def _tokenizer_beside(transformer: PartWeights, places: Iterable[Path]) -> tuple
             continue
         for weights in read_weight_file(file):
             if weights.part == TOKENIZER:
-                bits = tokenizer_geometry(weights.renamed.tensors, weights.source).bits
-                if predicted in (bits, 4 * bits):
+                geometry = tokenizer_geometry(weights.renamed.tensors, weights.source)
+                if predicted == geometry.bits * (4 if geometry.patch_size == PATCHIFIED else 1):
                     fitting.append((file, weights))
     named = [found for found in fitting if found[0].name in published]
     return named[0] if named else fitting[0] if len(fitting) == 1 else None

@@ -531,6 +531,15 @@ def test_what_no_model_can_be_made_of(tmp_path: Path) -> None:
     write(tmp_path / "a", {"second.pth": file.read_bytes()})
     with pytest.raises(InputError, match=f"holds 2 models: {MAIN}, second.pth"):
         provide_model(str(tmp_path / "a"))
+    lost = {key: value for key, value in weights_of("transformer_tiny").items() if key != "cfg_uncond"}
+    file = write(beside(tmp_path / "c"), {MAIN: torch_file(lost)}) / MAIN
+    with pytest.raises(InputError, match=r"no transformer of a geometry that bitgen knows: 'null_text'"):
+        provide_model(str(file))
+    (tmp_path / "c" / VAE).rename(tmp_path / "c" / "vae-other.pth")
+    write(tmp_path / "c", {"vae-d64.pth": torch_file({"vae": weights_of("tok_d64")})})
+    assert is_model(
+        provide_model(str(write(tmp_path / "c", {MAIN: torch_file(weights_of("transformer_tiny"))}) / MAIN))
+    )
     empty = write(tmp_path / "b", {"x.pth": torch_file({"pos_start": torch.zeros(1, 1, 8)})}) / "x.pth"
     with pytest.raises(InputError, match="embedding of bits is missing"):
         provide_model(str(empty))
