@@ -185,8 +185,9 @@ def _range(limits: Sequence[Any]) -> str:
     found = {type(limit): limit for limit in limits}
     ge, gt, le, lt = (found.get(kind) for kind in (Ge, Gt, Le, Lt))
     high = f"{le.le:g}" if le else f"below {lt.lt:g}" if lt else ""
+    limit = f"at most {high}" if le else high
     if ge:
         return f" from {ge.ge:g} to {high}" if high else f" of at least {ge.ge:g}"
     if gt:
-        return f" above {gt.gt:g}" + (f" and at most {high}" if high else "")
-    return f" of at most {high}" if high else ""
+        return f" above {gt.gt:g}" + (f" and {limit}" if limit else "")
+    return f" of {limit}" if le else f" {limit}" if limit else ""

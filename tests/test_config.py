@@ -205,6 +205,10 @@ def test_patchify_quadruples_the_bits() -> None:
             {"sampling__cfg_layer": [0, 3]},
             "sampling.cfg_layer = [0, 3]: must be at most model.transformer.depth 2",
         ),
+        (
+            {"sampling__target_confidence": 1},
+            "sampling.target_confidence = 1: must be a number above 0.5 and below 1, or null",
+        ),
         ({"sampling__top_p": 0}, "sampling.top_p = 0: must be a number above 0 and at most 1"),
         (
             {"training__transformer__optimizer__betas": [0.9, 1]},

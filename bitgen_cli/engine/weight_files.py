@@ -202,7 +202,10 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(
             f"{file} holds other things than tensors, or is damaged; they are not opened", "save the state dict alone"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError) as error:
+        # of torch's reader: the byte or the place that it stumbled over
+        raise InputError(f"{file} is not a readable file of weights: torch did not write it") from error
+    except (RuntimeError, EOFError, ValueError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or ["it ends too early"])[0]
         raise InputError(f"{file} is not a readable file of weights: {reason}") from error
     if not isinstance(content, Mapping):

@@ -85,14 +85,6 @@ def resolved(stage: str, active_bits: list[int] | None, **changes: Any) -> Any:
     return Resolved(Config.model_validate({"name": "elastic", "model": model, "training": training}))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @dataclass
 class World:
     """A tokenizer trained with 4, 8 and 16 bits, and the store of all of them."""

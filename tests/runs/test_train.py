@@ -84,14 +84,6 @@ def resolved(stage: str, model: dict[str, Any] = MODEL, **changes: Any) -> Any:
     return Resolved(Config.model_validate(config))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @dataclass
 class World:
     """A trained tokenizer and the store made with it."""
