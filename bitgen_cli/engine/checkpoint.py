@@ -34,7 +34,16 @@ from bitgen_cli.engine import sharded
 from bitgen_cli.engine.parallel import Ranks, fill
 from bitgen_cli.engine.tensors import save_tensors
 from bitgen_cli.errors import InputError, ResourceError, UsageError
-from bitgen_cli.files import PARTIAL, atomic_folder, atomic_path, explain, finish_folder, read_json, write_json
+from bitgen_cli.files import (
+    PARTIAL,
+    atomic_folder,
+    atomic_path,
+    explain,
+    finish_folder,
+    only_writer,
+    read_json,
+    write_json,
+)
 from bitgen_cli.report import MetricsLog, Report
 
 FORMAT = 1
@@ -197,8 +206,13 @@ class RunFolder:
         self.describe(description)
 
     def describe(self, description: dict[str, Any]) -> None:
-        """Writes config.json."""
-        write_json(self.path / "config.json", {"format": FORMAT, **description})
+        """Writes config.json; never while the run is trained.
+
+        Raises:
+            InputError: another process trains it.
+        """
+        with only_writer(self.path):
+            write_json(self.path / "config.json", {"format": FORMAT, **description})
 
     def description(self) -> dict[str, Any]:
         """What config.json says.

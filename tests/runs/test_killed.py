@@ -161,13 +161,14 @@ def test_a_run_is_trained_by_one_process_at_a_time(world: World, tmp_path: Path)
     while not (tmp_path / "run" / "held").is_file():
         assert process.is_alive()
         time.sleep(0.05)
-    before = results(tmp_path / "run")
+    before, described = results(tmp_path / "run"), (tmp_path / "run" / "config.json").read_bytes()
     with pytest.raises(InputError, match="another process is writing"):
         resume(tmp_path / "run", Silent(), steps=2, device="cpu")
     require_same(results(tmp_path / "run"), before)
+    assert (tmp_path / "run" / "config.json").read_bytes() == described
     process.kill()
     process.join()
-    assert resume(tmp_path / "run", Silent(), device="cpu").steps == 4, "the steps asked for were kept"
+    assert resume(tmp_path / "run", Silent(), steps=2, device="cpu").steps == 4
 
 
 def alive(process: int) -> bool:
