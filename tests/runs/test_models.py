@@ -285,7 +285,9 @@ def test_parts_that_are_made_stay_made(hub: Hub, tmp_path: Path) -> None:
 
 
 PROGRAM = """
-    import sys
+    import signal, sys
+    # as in a terminal: who runs the tests in a shell's background has Ctrl-C ignored, and so have their children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path[:0] = [{folder!r}]
     from published_layouts import SMALLER
     from bitgen_cli.runs import published
