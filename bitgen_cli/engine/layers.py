@@ -105,11 +105,14 @@ class Linear(nn.Linear):
 
 
 class KVCache:
-    """Keys and values of every block, allocated once at full length and owned by the caller.
+    """Keys and values of every block, allocated once and owned by the caller.
+
+    The last scale is seen by no other: its keys and values follow those of the cache only while its block attends.
 
     Args:
         depth: blocks.
-        batch, heads, length, channels: of the (B, N, L, E) tensors.
+        batch, heads, channels: of the (B, N, l, E) tensors.
+        length: positions of all scales but the last.
         device, dtype: where and as what.
     """
 
@@ -120,12 +123,18 @@ class KVCache:
         self._store = torch.empty(shape, device=device, dtype=dtype)
 
     def extend(self, block: int, positions: slice, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes keys and values (B, N, l, E) at `positions` and returns all up to there, (B, N, positions.stop, E).
+        """Keys and values (B, N, positions.stop, E) up to and with these (B, N, l, E), which are kept at `positions`.
 
         A batch smaller than the cache's uses its first rows.
         """
         rows = keys.shape[0]
         stored_keys, stored_values = self._store[block]
+        if positions.stop > stored_keys.shape[2]:
+            before = slice(positions.start)
+            return (
+                torch.cat((stored_keys[:rows, :, before], keys), dim=2),
+                torch.cat((stored_values[:rows, :, before], values), dim=2),
+            )
         stored_keys[:rows, :, positions] = keys
         stored_values[:rows, :, positions] = values
         return stored_keys[:rows, :, : positions.stop], stored_values[:rows, :, : positions.stop]

@@ -143,7 +143,7 @@ class SamplingMemory:
     Attributes:
         weights: of all parts.
         derived: weights that a CPU decodes with in place of some convolutions' own (convolution.py); a GPU makes none.
-        kv_cache: keys and values of all positions, conditional and unconditional.
+        kv_cache: keys and values of all scales but the last, conditional and unconditional.
         text_cache: keys and values of the prompts in every block.
         transformer_work: what a step of the last scale holds at its peak.
         decoder_work: what the decoder holds at its peak, after the caches are gone.
@@ -187,7 +187,7 @@ def sampling_memory(
     last = rows * schedule.counts[-1]
     return SamplingMemory(
         weights=counts.total * number,
-        kv_cache=per_position * schedule.positions,
+        kv_cache=per_position * schedule.kept_positions,
         text_cache=per_position * geometry.text_length,
         transformer_work=last * (geometry.width * per_channel + 2 * geometry.ffn_width * number),
         derived=derived_weights(model.tokenizer, schedule, number, encoder=False),

@@ -216,16 +216,21 @@ def draw_bits(
     return Drawn(grids, total)
 
 
+@dataclass(frozen=True)
+class _GuideAtBlocks:
+    """Guidance on the output of some blocks: both halves of the batch become the guided state."""
+
+    cfg: float
+    blocks: frozenset[int]
+
+    def __call__(self, x: Tensor, block: int) -> Tensor:
+        return guide(x, self.cfg).repeat(2, 1, 1) if block in self.blocks else x
+
+
 def _guide_at_blocks(cfg: float, layers: Sequence[int], depth: int) -> AfterBlock | None:
-    """Guidance on the output of blocks depth - n: both halves of the batch become the guided state."""
-    blocks = {depth - layer for layer in layers if layer > 0}
-    if cfg == 1 or not blocks:
-        return None
-
-    def after(x: Tensor, block: int) -> Tensor:
-        return guide(x, cfg).repeat(2, 1, 1) if block in blocks else x
-
-    return after
+    """Guidance on the output of blocks depth - n, where a scale has any."""
+    blocks = frozenset(depth - layer for layer in layers if layer > 0)
+    return _GuideAtBlocks(cfg, blocks) if cfg != 1 and blocks else None
 
 
 @torch.inference_mode()

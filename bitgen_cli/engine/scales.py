@@ -89,6 +89,11 @@ class Schedule:
         """L: positions over all scales."""
         return sum(self.counts)
 
+    @property
+    def kept_positions(self) -> int:
+        """Positions whose keys and values later scales attend to: those of all but the last."""
+        return self.positions - self.counts[-1]
+
     def pixels(self, patch_size: int) -> tuple[int, int]:
         """Height and width of the picture in pixels, for a tokenizer of that patch size."""
         h, w = self.latent_sizes[-1]

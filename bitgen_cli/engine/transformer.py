@@ -222,7 +222,7 @@ class Transformer(nn.Module):
         """An empty cache for a batch of that many rows."""
         heads = self.config.heads
         channels = self.config.width // heads
-        return KVCache(len(self.blocks), batch, heads, schedule.positions, channels, self.device, self.dtype)
+        return KVCache(len(self.blocks), batch, heads, schedule.kept_positions, channels, self.device, self.dtype)
 
     def _start(self, pooled: Tensor) -> Tensor:
         return pooled.float()[:, None] + self.start

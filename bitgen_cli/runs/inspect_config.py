@@ -454,7 +454,7 @@ def _parameter_table(counts: Parameters) -> Table:
 
 _SAMPLING_ROWS = {
     "weights": "Weights",
-    "kv_cache": "Keys and values of all positions",
+    "kv_cache": "Keys and values of all scales but the last",
     "derived": "Weights made for a CPU's decoder",
     "text_cache": "Keys and values of the prompt",
     "transformer_work": "Transformer, last scale",

@@ -133,9 +133,9 @@ def test_tables_of_a_preset() -> None:
     assert rows(result, "Scales")["3"] == ["8x8", "64", "85", "1,024"]
     assert rows(result, "One picture")["Bits per pixel"] == ["0.332"]
     assert rows(result, "Parameters")["Transformer"] == ["4,022,392", "4.0 M"]
-    assert rows(result, "Memory for sampling")["Keys and values of all positions"] == [
-        "1.5 MiB",
-        "765.0 KiB",
+    assert rows(result, "Memory for sampling")["Keys and values of all scales but the last"] == [
+        "378.0 KiB",
+        "189.0 KiB",
     ]
 
 
