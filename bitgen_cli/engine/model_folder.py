@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from bitgen_cli.config import ModelConfig, SamplingConfig
 from bitgen_cli.engine.infinity_weights import require_match
+from bitgen_cli.engine.streaming import StreamedBlocks, at_home
 from bitgen_cli.engine.tensors import save_tensors, weights
 from bitgen_cli.engine.text import TextEncoder, load_text_encoder
 from bitgen_cli.engine.tokenizer import Tokenizer
@@ -213,6 +214,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     parts: tuple[str, ...] = ("tokenizer", "transformer", "text_encoder"),
+    waiting: Sequence[int] = (),
 ) -> Model:
     """Loads the named parts of a model folder, in evaluation mode, without gradients.
 
@@ -222,6 +224,7 @@ def load_model(
         folder: from `find_model`.
         device, dtype: where the weights go and as what.
         parts: of `tokenizer`, `transformer`, `text_encoder`; one that is not in the folder stays None.
+        waiting: blocks of the transformer whose weights take turns on the device (streaming.py).
 
     Raises:
         InputError: the folder is no model, a file is corrupt, or its weights belong to another geometry.
@@ -236,23 +239,41 @@ def load_model(
     if "transformer" in parts and (folder / TRANSFORMER_FILE).is_file():
         with torch.device("meta"):
             model.transformer = Transformer(config)
-        _fill(model.transformer, folder / TRANSFORMER_FILE, device, dtype)
+        homes = tuple(f"blocks.{index}." for index in waiting)
+        _fill(model.transformer, folder / TRANSFORMER_FILE, device, dtype, homes)
+        if waiting:
+            model.transformer.in_turn = StreamedBlocks(list(model.transformer.each_block), waiting, device)
     if "text_encoder" in parts:
         model.text_encoder = _load_text_encoder(folder, config, device, dtype)
     return model
 
 
 def read_tensors(
-    file: Path, expected: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None
+    file: Path,
+    expected: dict[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    waiting: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     """Tensors of a memory-mapped safetensors file, matched against names and shapes.
+
+    Args:
+        file: which.
+        expected: name to a tensor of the right shape.
+        device, dtype: where they go and as what.
+        waiting: what the names of those begin with that wait for the device in the CPU's memory.
 
     Raises:
         InputError: missing or corrupt file; unknown, missing or misshapen tensors.
     """
     try:
         with safe_open(str(file), framework="pt") as stored:
-            tensors = {name: stored.get_tensor(name).to(device, dtype) for name in stored.keys()}  # noqa: SIM118
+            tensors = {
+                name: at_home(stored.get_tensor(name).to(dtype=dtype), device)
+                if name.startswith(waiting)
+                else stored.get_tensor(name).to(device, dtype)
+                for name in stored.keys()  # noqa: SIM118
+            }
     except SafetensorError as error:
         raise InputError(f"{file} is not a readable safetensors file: {error}") from error
     except OSError as error:
@@ -271,8 +292,10 @@ def require_same_tokenizer(model: Model, other: str, what: str) -> None:
         )
 
 
-def _fill(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtype) -> None:
-    tensors = read_tensors(file, module.state_dict(), device, dtype)
+def _fill(
+    module: nn.Module, file: Path, device: torch.device, dtype: torch.dtype, waiting: tuple[str, ...] = ()
+) -> None:
+    tensors = read_tensors(file, module.state_dict(), device, dtype, waiting)
     module.load_state_dict(tensors, assign=True)
     module.eval().requires_grad_(False)
 

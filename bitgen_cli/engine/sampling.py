@@ -18,7 +18,7 @@ from bitgen_cli.engine.active_bits import logits_in_use, widened_positions
 from bitgen_cli.engine.bits import codes, to_grid, to_positions
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
-from bitgen_cli.engine.transformer import AfterBlock, TextFeatures, Transformer
+from bitgen_cli.engine.transformer import AfterBlock, Predictor, TextFeatures
 from bitgen_cli.errors import UsageError
 
 HOTTEST = 64.0
@@ -152,7 +152,7 @@ class Drawn:
 
 @torch.inference_mode()
 def draw_bits(
-    transformer: Transformer,
+    transformer: Predictor,
     text: TextFeatures,
     schedule: Schedule,
     plan: SamplingPlan,
@@ -166,7 +166,7 @@ def draw_bits(
     """Predicts the bits of B pictures scale by scale.
 
     Args:
-        transformer: in evaluation mode.
+        transformer: in evaluation mode, or what stands in for it.
         text: B prompts.
         schedule: scales of the pictures.
         plan: how bits are chosen; as many entries as scales.
@@ -200,7 +200,7 @@ def draw_bits(
             seen = pyramid.next_input(total, schedule.latent_sizes[k])
             inputs = widened_positions(to_positions(seen, schedule.cell), every).repeat(rows // batch, 1, 1)
         cfg = plan.cfg[k]
-        at_blocks = _guide_at_blocks(cfg, plan.cfg_layers, len(transformer.blocks))
+        at_blocks = _guide_at_blocks(cfg, plan.cfg_layers, transformer.depth)
         logits = logits_in_use(transformer.step(k, inputs, condition, schedule, cache, at_blocks), drawn)
         logits = guide(logits, cfg) if cfg != 1 and 0 in plan.cfg_layers else logits[:batch]
         logits = logits / (plan.tau[k] if plan.confidence is None else temperatures(logits, plan.confidence))
@@ -235,7 +235,7 @@ def _guide_at_blocks(cfg: float, layers: Sequence[int], depth: int) -> AfterBloc
 
 @torch.inference_mode()
 def generate(
-    transformer: Transformer,
+    transformer: Predictor,
     tokenizer: Tokenizer,
     text: TextFeatures,
     schedule: Schedule,

@@ -7,8 +7,9 @@ predicts one scale with a KV cache. Both give the same logits for the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -86,12 +87,43 @@ class Condition:
         return Condition(self.pooled[:rows], self.modulation[:rows], self.head_modulation[:rows], text)
 
 
+class Predictor(Protocol):
+    """What predicts the bits of one scale after another, as the transformer does: see there."""
+
+    @property
+    def bits_per_position(self) -> int: ...
+
+    @property
+    def depth(self) -> int: ...
+
+    def null_features(self, lengths: Sequence[int]) -> TextFeatures: ...
+
+    def condition(self, text: TextFeatures) -> Condition: ...
+
+    def new_cache(self, batch: int, schedule: Schedule) -> KVCache: ...
+
+    def step(
+        self,
+        scale: int,
+        inputs: Tensor | None,
+        condition: Condition,
+        schedule: Schedule,
+        cache: KVCache,
+        after_block: AfterBlock | None = None,
+    ) -> Tensor: ...
+
+
 class Transformer(nn.Module):
     """Next-scale bit prediction.
 
     Args:
         config: geometry of the whole model: the tokenizer's bits decide the inputs and outputs.
+
+    Attributes:
+        in_turn: gives the blocks one by one, each ready for use (streaming.py); all of them always are as they come.
     """
+
+    in_turn: Callable[[Iterable[Block]], Iterator[Block]]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,6 +132,7 @@ class Transformer(nn.Module):
         self.config = geometry
         self.bits_per_position = bits
         self.checkpoint_activations = False
+        self.in_turn = iter
         self.null_text = nn.Parameter(torch.zeros(geometry.text_length, geometry.text_width))
         self.text_norm = nn.Parameter(torch.ones(geometry.text_width))
         self.text_pool = TextPool(geometry.text_width, width, geometry.text_pool_heads)
@@ -117,6 +150,11 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, 2 * bits)
 
     @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the weights; the residual stream is float32."""
         return self.head.weight.dtype
@@ -127,7 +165,7 @@ class Transformer(nn.Module):
         return self.head.weight.device
 
     @property
-    def _blocks(self) -> Iterator[Block]:
+    def each_block(self) -> Iterator[Block]:
         """The blocks with their own type, which ModuleList forgets."""
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -141,7 +179,8 @@ class Transformer(nn.Module):
     def condition(self, text: TextFeatures) -> Condition:
         """Everything that `step` needs from the prompts."""
         projected, pooled, modulation, head_modulation = self._read(text)
-        text_kv = [block.cross_attention.text_kv(projected, text.mask) for block in self._blocks]
+        mask = text.mask
+        text_kv = [block.cross_attention.text_kv(projected, mask) for block in self.in_turn(self.each_block)]
         return Condition(pooled, modulation, head_modulation, text_kv)
 
     def _read(self, text: TextFeatures) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -176,7 +215,7 @@ class Transformer(nn.Module):
         rows = self.scale_embedding.weight[: len(schedule)]
         scales = rows.repeat_interleave(counts, dim=0, output_size=schedule.positions)
         x = torch.cat((self._start(pooled), self.bit_embedding(inputs.to(self.dtype)).float()), dim=1) + scales
-        rope = self._rope(schedule)
+        rope = self.rope(schedule)
         branches = [None] * len(self.blocks) if kept is None else kept.unbind()
         for block, factors in zip(self.blocks, branches, strict=True):
             seen = (x, modulation, projected, mask, rope, schedule.slices, factors)
@@ -211,8 +250,8 @@ class Transformer(nn.Module):
         x = self._start(condition.pooled) if inputs is None else self.bit_embedding(inputs.to(self.dtype)).float()
         x = x + self.scale_embedding.weight[scale]
         positions = schedule.slices[scale]
-        rope = self._rope(schedule)[positions]
-        for index, block in enumerate(self._blocks):
+        rope = self.rope(schedule)[positions]
+        for index, block in enumerate(self.in_turn(self.each_block)):
             x = block.step(x, condition.modulation, condition.text[index], rope, cache, index, positions)
             if after_block is not None:
                 x = after_block(x, index)
@@ -227,7 +266,8 @@ class Transformer(nn.Module):
     def _start(self, pooled: Tensor) -> Tensor:
         return pooled.float()[:, None] + self.start
 
-    def _rope(self, schedule: Schedule) -> Rope:
+    def rope(self, schedule: Schedule) -> Rope:
+        """Rotary tables of all positions of a schedule."""
         return rope_table(schedule, self.config.width // self.config.heads, self.device, torch.float32)
 
     def _logits(self, x: Tensor, head_modulation: Tensor) -> Tensor:
@@ -250,7 +290,7 @@ class Transformer(nn.Module):
         nn.init.trunc_normal_(self.text_pool.query, std=std, generator=generator)
         self.head.weight.mul_(0.02)
         self.head_modulation.weight.mul_(1e-3)
-        for block in self._blocks:
+        for block in self.each_block:
             nn.init.trunc_normal_(block.modulation, generator=generator)
             block.modulation[:, :, :2].mul_(5e-6)
             block.modulation[:, :, 2:].mul_(1e-3)
