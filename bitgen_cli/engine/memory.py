@@ -18,6 +18,7 @@ from bitgen_cli.config import ModelConfig, TextEncoderConfig, TokenizerConfig
 from bitgen_cli.engine.autoencoder import Decoder, Encoder
 from bitgen_cli.engine.convolution import LEAST_CHANNELS, LEAST_POSITIONS
 from bitgen_cli.engine.scales import Schedule
+from bitgen_cli.engine.streaming import SETS
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import InputError
 from bitgen_cli.files import read_json
@@ -141,7 +142,8 @@ class SamplingMemory:
     """Bytes needed to draw one batch.
 
     Attributes:
-        weights: of all parts.
+        text_encoder: its weights, which are gone before the others are loaded.
+        transformer, tokenizer: weights.
         derived: weights that a CPU decodes with in place of some convolutions' own (convolution.py); a GPU makes none.
         kv_cache: keys and values of all scales but the last, conditional and unconditional.
         text_cache: keys and values of the prompts in every block.
@@ -149,7 +151,9 @@ class SamplingMemory:
         decoder_work: what the decoder holds at its peak, after the caches are gone.
     """
 
-    weights: int
+    text_encoder: int
+    transformer: int
+    tokenizer: int
     derived: int
     kv_cache: int
     text_cache: int
@@ -158,9 +162,11 @@ class SamplingMemory:
 
     @property
     def total(self) -> int:
-        """The peak: weights, and the larger of the two phases."""
-        caches = self.kv_cache + self.text_cache
-        return self.weights + self.derived + max(caches + self.transformer_work, self.decoder_work)
+        """The peak of three phases: text, bits, picture."""
+        bits = self.kv_cache + self.text_cache + self.transformer_work
+        return max(
+            self.text_encoder, self.transformer + self.tokenizer + self.derived + max(bits, self.decoder_work)
+        )
 
     def to_json(self) -> dict[str, int]:
         """All parts and the total."""
@@ -168,9 +174,17 @@ class SamplingMemory:
 
 
 def sampling_memory(
-    model: ModelConfig, counts: Parameters, schedule: Schedule, number: int, pictures: int = 1
+    model: ModelConfig,
+    counts: Parameters,
+    schedule: Schedule,
+    number: int,
+    pictures: int = 1,
+    *,
+    text_number: int | None = None,
+    tokens: int | None = None,
+    waiting: int = 0,
 ) -> SamplingMemory:
-    """Memory to draw pictures with guidance.
+    """Memory of the device to draw pictures with guidance.
 
     Args:
         model: what is sampled.
@@ -178,6 +192,9 @@ def sampling_memory(
         schedule: scales of the pictures.
         number: bytes per number, `FP32` or `BF16`.
         pictures: drawn at once.
+        text_number: bytes per number of the text encoder; None is as of the others, 0 where it is not needed.
+        tokens: of the longest prompt; None is as many as the model takes.
+        waiting: blocks of the transformer whose weights take turns on the device (streaming.py).
     """
     geometry = model.transformer
     rows = 2 * pictures
@@ -185,14 +202,29 @@ def sampling_memory(
     # the residual stream and the rotary positions are float32 whatever the weights are
     per_channel = 18 + 2 * number
     last = rows * schedule.counts[-1]
+    absent = max(0, waiting - SETS) * block_parameters(model)
     return SamplingMemory(
-        weights=counts.total * number,
+        text_encoder=(counts.text_encoder or 0) * (number if text_number is None else text_number),
+        transformer=(counts.transformer - absent) * number,
+        tokenizer=counts.tokenizer * number,
         kv_cache=per_position * schedule.kept_positions,
-        text_cache=per_position * geometry.text_length,
+        text_cache=per_position * (geometry.text_length if tokens is None else tokens),
         transformer_work=last * (geometry.width * per_channel + 2 * geometry.ffn_width * number),
         derived=derived_weights(model.tokenizer, schedule, number, encoder=False),
         decoder_work=decoder_peak(model.tokenizer, schedule) * number,  # pictures are decoded one at a time
     )
+
+
+def block_parameters(model: ModelConfig) -> int:
+    """Parameters of one block of the transformer."""
+    with torch.device("meta"):
+        return _count(Transformer(with_depth(model, 1)).blocks)
+
+
+def with_depth(model: ModelConfig, depth: int) -> ModelConfig:
+    """The same model with another number of blocks."""
+    geometry = model.transformer.model_copy(update={"depth": depth, "block_chunks": 1})
+    return model.model_copy(update={"transformer": geometry})
 
 
 @dataclass(frozen=True)

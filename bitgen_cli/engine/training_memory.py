@@ -28,10 +28,12 @@ from bitgen_cli.engine.memory import (
     FP32,
     Parameters,
     TextGeometry,
+    block_parameters,
     decoder_peak,
     derived_weights,
     sampling_memory,
     text_geometry,
+    with_depth,
 )
 from bitgen_cli.engine.online import TOGETHER
 from bitgen_cli.engine.parts import is_trained
@@ -218,7 +220,7 @@ def transformer_training_memory(
 
     def of(depth: int) -> _Passes:
         with rehearsal(layout.device) as entered:
-            transformer = Transformer(_with_depth(config.model, depth))
+            transformer = Transformer(with_depth(config.model, depth))
             transformer.checkpoint_activations = training.checkpoint_activations
 
             def loss() -> Tensor:
@@ -245,7 +247,7 @@ def transformer_training_memory(
         training,
         layout,
         trained=counts.transformer + (known if learns_text else 0),
-        block=_block_parameters(config.model),
+        block=block_parameters(config.model),
         passes=passes,
         drawn=_drawing(config.model, counts, schedule, FP32, shown) if training.sample_every else None,
         frozen=frozen,
@@ -287,7 +289,7 @@ def subject_training_memory(
 
     def of(depth: int) -> _Passes:
         with rehearsal(layout.device) as entered:
-            transformer = _taught(_with_depth(config.model, depth), training)
+            transformer = _taught(with_depth(config.model, depth), training)
 
             def loss() -> Tensor:
                 inputs, targets = _bits(rows, scales, config.model)
@@ -312,7 +314,7 @@ def subject_training_memory(
         training,
         layout,
         trained=trained,
-        block=_block_parameters(config.model),
+        block=block_parameters(config.model),
         passes=passes,
         drawn=subject_drawing(config, counts, schedule, layout, at_once),
         frozen=kept,
@@ -454,11 +456,6 @@ def _merged(schedule: Schedule) -> Schedule:
     return Schedule(schedule.ratio, sizes, schedule.rope_grid, schedule.cell)
 
 
-def _with_depth(model: ModelConfig, depth: int) -> ModelConfig:
-    geometry = model.transformer.model_copy(update={"depth": depth, "block_chunks": 1})
-    return model.model_copy(update={"transformer": geometry})
-
-
 def _taught(model: ModelConfig, training: SubjectTraining) -> Transformer:
     """A transformer of which a subject's parts learn, those in float32."""
     transformer = Transformer(model)
@@ -533,11 +530,6 @@ def _drawing(model: ModelConfig, counts: Parameters, schedule: Schedule, number:
     found = sampling_memory(model, counts, schedule, number, pictures)
     decoded = pictures * decoder_peak(model.tokenizer, schedule) * number
     return max(found.kv_cache + found.text_cache + found.transformer_work, decoded)
-
-
-def _block_parameters(model: ModelConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(_with_depth(model, 1)).blocks.parameters())
 
 
 def _subject_parameters(model: ModelConfig, training: SubjectTraining, counts: Parameters) -> int:

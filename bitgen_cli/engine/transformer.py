@@ -141,7 +141,10 @@ class Transformer(nn.Module):
         )
         self.start = nn.Parameter(torch.zeros(1, 1, width))
         self.bit_embedding = nn.Linear(bits, width)
-        self.scale_embedding = nn.Embedding(geometry.scale_embeddings, width)
+        # torch's own start of an embedding loads a library for algebra when it has no memory (meta), which takes seconds
+        self.scale_embedding = nn.Embedding.from_pretrained(
+            torch.zeros(geometry.scale_embeddings, width), freeze=False
+        )
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(
             Block(width, geometry.heads, geometry.ffn_width) for _ in range(geometry.depth)

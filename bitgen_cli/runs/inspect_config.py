@@ -453,12 +453,14 @@ def _parameter_table(counts: Parameters) -> Table:
 
 
 _SAMPLING_ROWS = {
-    "weights": "Weights",
+    "text_encoder": "Text encoder, gone before the others come",
+    "transformer": "Transformer",
+    "tokenizer": "Tokenizer",
     "kv_cache": "Keys and values of all scales but the last",
     "derived": "Weights made for a CPU's decoder",
     "text_cache": "Keys and values of the prompt",
-    "transformer_work": "Transformer, last scale",
-    "decoder_work": "Decoder, after the transformer",
+    "transformer_work": "Work of the transformer, last scale",
+    "decoder_work": "Work of the decoder, after the transformer",
     "total": "Peak",
 }
 

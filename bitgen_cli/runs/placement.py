@@ -1,0 +1,150 @@
+"""Where the parts of a model are while pictures are drawn: whole on the device, or in turns where they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bitgen_cli.config import ModelConfig
+from bitgen_cli.engine.device import free_memory
+from bitgen_cli.engine.memory import Parameters, SamplingMemory, sampling_memory
+from bitgen_cli.engine.scales import Schedule
+from bitgen_cli.engine.streaming import spread
+from bitgen_cli.errors import ResourceError, UsageError
+from bitgen_cli.runs.fitting import PROGRAM, size
+
+OFFLOADS = ("auto", "none", "cpu")
+BATCH = 8
+"""Pictures drawn at once when nothing else is asked for and they fit."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be drawn, and with what.
+
+    Attributes:
+        model, counts: what is drawn with, and its parameters.
+        schedules: of all pictures.
+        pictures: how many can be drawn together at most.
+        batch_size: how many are to be drawn at once; None leaves it open.
+        number: bytes per number.
+        text_number: bytes per number of the text encoder, 0 where it is not needed.
+        tokens: of the longest prompt.
+    """
+
+    model: ModelConfig
+    counts: Parameters
+    schedules: Sequence[Schedule]
+    pictures: int
+    batch_size: int | None
+    number: int
+    text_number: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How pictures are drawn so that they fit.
+
+    Attributes:
+        batch_size: pictures drawn at once.
+        waiting: blocks of the transformer whose weights wait in the CPU's memory for their turn.
+        bands: whether pictures are decoded in bands of rows.
+        memory: what that takes of the device.
+    """
+
+    batch_size: int
+    waiting: tuple[int, ...]
+    bands: bool
+    memory: SamplingMemory
+
+    def told(self) -> str | None:
+        """What is done to make it fit, for people; None where nothing is."""
+        done = []
+        if self.waiting:
+            done.append(f"the weights of {len(self.waiting)} blocks wait in the CPU's memory")
+        if self.bands:
+            done.append("pictures are decoded in bands")
+        return f"{' and '.join(done)}: about {size(self.memory.total)} of memory" if done else None
+
+
+def place(wanted: Wanted, offload: str, device: torch.device) -> Placement:
+    """Where the parts go.
+
+    Args:
+        wanted: what is drawn.
+        offload: `none` has all on the device; `auto` what does not fit there takes turns; `cpu` all that can does.
+        device: where it is drawn.
+
+    Raises:
+        UsageError: no such way.
+        ResourceError: it does not fit; says what would.
+    """
+    if offload not in OFFLOADS:
+        raise UsageError(f"--offload {offload}: unknown", f"use {', '.join(OFFLOADS)}")
+    free = free_memory(device)
+    tried = list(_ways(wanted, offload, device))
+    for found in tried:
+        if free is None or found.memory.total + PROGRAM <= free:
+            return found
+    raise _refused(wanted, offload, device, min(tried, key=lambda way: way.memory.total), free or 0)
+
+
+def _ways(wanted: Wanted, offload: str, device: torch.device) -> Iterator[Placement]:
+    """Ways to draw, the quicker ones first."""
+    depth = wanted.model.transformer.depth
+    streams = device.type == "cuda"  # elsewhere the CPU's memory is the device's
+    sizes = [wanted.batch_size] if wanted.batch_size else _halved(min(BATCH, wanted.pictures))
+    least = depth if streams and offload == "cpu" else 0
+    for batch in sizes:
+        if offload != "cpu":
+            yield _way(wanted, batch, 0, bands=False)
+        if offload != "none":
+            yield _way(wanted, batch, least, bands=True)
+    if offload == "auto" and streams:
+        for waiting in range(3, depth + 1):  # two sets of weights are on the device whatever waits
+            yield _way(wanted, sizes[-1], waiting, bands=True)
+
+
+def _halved(size: int) -> list[int]:
+    """The number, half of it, and so on to 1."""
+    return [size] if size == 1 else [size, *_halved(size // 2)]
+
+
+def _way(wanted: Wanted, batch: int, waiting: int, *, bands: bool) -> Placement:
+    found = [
+        sampling_memory(
+            wanted.model,
+            wanted.counts,
+            schedule,
+            wanted.number,
+            batch,
+            text_number=wanted.text_number,
+            tokens=wanted.tokens,
+            waiting=waiting,
+            bands=bands,
+        )
+        for schedule in wanted.schedules
+    ]
+    most = max(found, key=lambda memory: memory.total)
+    return Placement(batch, spread(waiting, wanted.model.transformer.depth), bands, most)
+
+
+def _refused(wanted: Wanted, offload: str, device: torch.device, least: Placement, free: int) -> ResourceError:
+    """Says what is missing, and what would need less."""
+    needs = least.memory.total + PROGRAM
+    other = [] if offload != "none" else ["--offload auto"]
+    if least.batch_size > 1:
+        other.append("--batch-size 1")
+    if wanted.number > 2:
+        other.append("--dtype bf16")
+    if wanted.model.scales.custom is None:
+        other.append("a smaller --resolution")
+    if least.memory.total == least.memory.text_encoder:
+        other = ["--text-dtype int8", *other]
+    return ResourceError(
+        f"drawing needs about {size(needs)} of memory, {device} has {size(free)} free",
+        f"what needs less: {', '.join(other)}" if other else "another device may have more: --device",
+    )
