@@ -77,12 +77,15 @@ class RecordedTransformer:
 
     Args:
         transformer: in evaluation mode, all of its weights on the device.
-        new_recording: makes an empty one; None makes CUDA graphs.
+        new_recordings: gives what makes an empty one; recordings of one maker end together.
     """
 
-    def __init__(self, transformer: Transformer, new_recording: Callable[[], Recording] | None = None) -> None:
+    def __init__(
+        self, transformer: Transformer, new_recordings: Callable[[], Callable[[], Recording]] | None = None
+    ) -> None:
         self._transformer = transformer
-        self._new_recording = new_recording or _graphs()
+        self._new_recordings = new_recordings or _graphs
+        self._new_recording = self._new_recordings()
         self._prompts: OrderedDict[tuple[object, ...], _Prompts] = OrderedDict()
         self._now: _Prompts | None = None
         self._cache: KVCache | None = None
@@ -127,6 +130,7 @@ class RecordedTransformer:
         if self._cache is None or self._cache_of != (batch, schedule):
             for prompts in self._prompts.values():
                 prompts.scales.clear()
+            self._new_recording = self._new_recordings()  # their memory has gone with them
             self._cache = None  # the old one is freed before the new one is made
             self._cache = self._transformer.new_cache(batch, schedule)
             self._cache_of = batch, schedule
@@ -170,7 +174,13 @@ class RecordedTransformer:
 def _graphs() -> Callable[[], CudaGraph]:
     """Makes graphs that share one piece of memory."""
     pool = torch.cuda.graph_pool_handle()
-    return lambda: CudaGraph(pool)
+    first = CudaGraph(pool)  # the memory would go with the last graph in it, and this one stays
+    first.record(lambda: torch.zeros(1, device="cuda"))
+
+    def another(first: CudaGraph = first) -> CudaGraph:
+        return CudaGraph(pool)
+
+    return another
 
 
 def _tensors(condition: Condition) -> list[Tensor]:

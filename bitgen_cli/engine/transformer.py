@@ -141,7 +141,7 @@ class Transformer(nn.Module):
         )
         self.start = nn.Parameter(torch.zeros(1, 1, width))
         self.bit_embedding = nn.Linear(bits, width)
-        # torch's own start of an embedding loads a library for algebra when it has no memory (meta), which takes seconds
+        # torch's own start of an embedding on the meta device loads a library for algebra, which takes seconds
         self.scale_embedding = nn.Embedding.from_pretrained(
             torch.zeros(geometry.scale_embeddings, width), freeze=False
         )
@@ -271,7 +271,7 @@ class Transformer(nn.Module):
 
     def rope(self, schedule: Schedule) -> Rope:
         """Rotary tables of all positions of a schedule."""
-        return rope_table(schedule, self.config.width // self.config.heads, self.device, torch.float32)
+        return rope_table(schedule, self.config.width // self.config.heads, self.device)
 
     def _logits(self, x: Tensor, head_modulation: Tensor) -> Tensor:
         scale, shift = head_modulation.unbind(2)

@@ -39,6 +39,11 @@ def heads_first(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def plain_rotate(x: Tensor, rope: layers.Rope) -> Tensor:
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * rope.cos - b * rope.sin, a * rope.sin + b * rope.cos), dim=-1).flatten(-2)
+
+
 def plain_block(
     block: layers.Block,
     x: Tensor,
@@ -56,13 +61,14 @@ def plain_block(
     bias = torch.cat((attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias))
     q, k, v = (heads_first(part, attention.heads) for part in F.linear(h, attention.qkv.weight, bias).chunk(3, dim=-1))
     q = F.normalize(q, dim=-1) * attention.log_scale.clamp_max(layers.MAX_LOG_SCALE).exp()
-    q, k = layers.rotate(q, rope), layers.rotate(F.normalize(k, dim=-1), rope)
+    q, k = (plain_rotate(part, rope).to(v.dtype) for part in (q, F.normalize(k, dim=-1)))
     if cache is not None:
         k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
     h = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2)
     x = x + F.linear(h, attention.proj.weight, attention.proj.bias) * gamma1
 
-    h = F.layer_norm(x, x.shape[-1:], block.cross_norm.weight, block.cross_norm.bias, 1e-6)
+    cross_weight, cross_bias = (parameter.to(x.dtype) for parameter in (block.cross_norm.weight, block.cross_norm.bias))
+    h = F.layer_norm(x, x.shape[-1:], cross_weight, cross_bias, 1e-6)
     q = heads_first(F.linear(h, cross.q.weight, cross.q.bias), cross.heads)
     bias = torch.cat((torch.zeros_like(cross.v_bias), cross.v_bias))
     text_k, text_v = (heads_first(p, cross.heads) for p in F.linear(text, cross.kv.weight, bias).chunk(2, dim=-1))
@@ -78,35 +84,38 @@ def plain_block(
 def plain_draw(
     transformer: Transformer, text: TextFeatures, scales: Schedule, given: list[Tensor] | None = None
 ) -> list[Tensor]:
-    """Guided logits (1, l, 2K) of each scale of one picture; with `given`, they follow those bits."""
-    geometry = transformer.config
+    """Guided logits (B, l, 2K) of each scale of pictures whose prompts are of one length.
+
+    With `given`, they follow those bits.
+    """
+    geometry, batch = transformer.config, len(text.lengths)
     padded = F.pad(text.features, (0, 0, 0, geometry.text_length - text.features.shape[1]))
-    null = transformer.null_text[None]
+    null = transformer.null_text[None].expand(batch, -1, -1)
     features = torch.cat((padded, null))
-    mask = (torch.arange(geometry.text_length) < text.lengths[0]).expand(2, 1, 1, -1)
+    mask = (torch.arange(geometry.text_length, device=features.device) < text.lengths[0]).expand(2 * batch, 1, 1, -1)
     features = features * torch.rsqrt(features.square().mean(-1, keepdim=True) + 1e-6) * transformer.text_norm
     pool = transformer.text_pool
     bias = torch.cat((torch.zeros_like(pool.v_bias), pool.v_bias))
     keys, values = (heads_first(part, pool.heads) for part in F.linear(features, pool.kv.weight, bias).chunk(2, dim=-1))
-    queries = pool.query.unsqueeze(2).expand(2, -1, -1, -1)
+    queries = pool.query.unsqueeze(2).expand(2 * batch, -1, -1, -1)
     pooled = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(1, 2).flatten(1)
     pooled = pool.proj(pooled)
-    modulation = transformer.modulation(F.silu(pooled)).unflatten(-1, (6, -1)).unsqueeze(1)
-    head_scale, head_shift = transformer.head_modulation(F.silu(pooled))[:, None].chunk(2, dim=-1)
+    modulation = transformer.modulation(F.silu(pooled)).float().unflatten(-1, (6, -1)).unsqueeze(1)
+    head_scale, head_shift = transformer.head_modulation(F.silu(pooled)).float()[:, None].chunk(2, dim=-1)
     projected = transformer.text_proj(features)
 
-    generator = torch.Generator().manual_seed(0)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
     caches: list[tuple[Tensor, Tensor] | None] = [None] * geometry.depth
     total: Tensor | None = None
     logits_of_scales = []
     for k, size in enumerate(scales.sizes):
         if total is None:
-            x = pooled[:, None] + transformer.start
+            x = pooled.float()[:, None] + transformer.start
         else:
             seen = to_positions(pyramid.next_input(total, scales.latent_sizes[k]), scales.cell)
-            x = transformer.bit_embedding(seen.repeat(2, 1, 1))
+            x = transformer.bit_embedding(seen.repeat(2, 1, 1).to(transformer.dtype)).float()
         x = x + transformer.scale_embedding.weight[k]
-        rope = layers.rope_table(scales, geometry.width // geometry.heads, x.device, x.dtype)[scales.slices[k]]
+        rope = layers.rope_table(scales, geometry.width // geometry.heads, x.device)[scales.slices[k]]
         for index, block in enumerate(transformer.blocks):
             block = cast(layers.Block, block)
             x, caches[index] = plain_block(block, x, modulation, projected, mask, rope, caches[index])
@@ -115,7 +124,7 @@ def plain_draw(
         logits = GUIDANCE * conditional + (1 - GUIDANCE) * unconditional
         logits_of_scales.append(logits)
         if given is None:
-            grid = to_grid(choose_bits(bit_probabilities(logits), [generator]), size, scales.cell)
+            grid = to_grid(choose_bits(bit_probabilities(logits), generators), size, scales.cell)
         else:
             grid = given[k]
         total = pyramid.accumulate(total, codes(grid), scales.latent_sizes[-1])

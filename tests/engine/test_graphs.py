@@ -50,7 +50,7 @@ def scales() -> Schedule:
 
 def test_recordings_draw_the_bits_of_the_transformer(model: Transformer, scales: Schedule) -> None:
     """Prompts of several lengths, padded ones, guidance that ends, guidance at a block."""
-    recorded = RecordedTransformer(model, Rerun)
+    recorded = RecordedTransformer(model, lambda: Rerun)
     chosen = [
         (SamplingConfig(cfg=3.0), (4, 4)),
         (SamplingConfig(cfg=3.0), (4, 6)),
@@ -70,14 +70,14 @@ def test_recordings_draw_the_bits_of_the_transformer(model: Transformer, scales:
 
 
 def test_nothing_is_recorded_for_one_picture(model: Transformer, scales: Schedule) -> None:
-    recorded = RecordedTransformer(model, Rerun)
+    recorded = RecordedTransformer(model, lambda: Rerun)
     draw_bits(recorded, tiny.text(1), scales, plan(SamplingConfig(), len(scales)), [0])
     assert Rerun.made == 0
 
 
 def test_changed_weights_are_not_played_from_old_recordings(model: Transformer, scales: Schedule) -> None:
     """A subject puts other tensors in the place of weights, and takes them away again."""
-    recorded, how = RecordedTransformer(model, Rerun), plan(SamplingConfig(), len(scales))
+    recorded, how = RecordedTransformer(model, lambda: Rerun), plan(SamplingConfig(), len(scales))
 
     def draw(predictor: Transformer | RecordedTransformer) -> list[Tensor]:
         return draw_bits(predictor, tiny.text(1), scales, how, [0]).bits
@@ -95,7 +95,7 @@ def test_changed_weights_are_not_played_from_old_recordings(model: Transformer, 
 
 
 def test_another_size_of_picture_or_batch_is_recorded_anew(model: Transformer, scales: Schedule) -> None:
-    recorded, how = RecordedTransformer(model, Rerun), plan(SamplingConfig(), len(scales))
+    recorded, how = RecordedTransformer(model, lambda: Rerun), plan(SamplingConfig(), len(scales))
     for batch in (1, 2, 1):
         for _ in range(2):
             seeds = list(range(batch))
@@ -106,7 +106,7 @@ def test_another_size_of_picture_or_batch_is_recorded_anew(model: Transformer, s
 
 
 def test_few_recordings_are_kept(model: Transformer, scales: Schedule) -> None:
-    recorded, how = RecordedTransformer(model, Rerun), plan(SamplingConfig(), len(scales))
+    recorded, how = RecordedTransformer(model, lambda: Rerun), plan(SamplingConfig(), len(scales))
     for length in (*range(1, KEPT + 2), 1, 1):
         draw_bits(recorded, tiny.text(1, (length,)), scales, how, [0])
     assert Rerun.made == len(scales)

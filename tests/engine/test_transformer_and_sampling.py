@@ -9,6 +9,7 @@ import torch
 from bitgen_cli.config import SamplingConfig
 from bitgen_cli.engine import scales
 from bitgen_cli.engine.bits import to_positions
+from bitgen_cli.engine.layers import rope_table, rotate
 from bitgen_cli.engine.pyramid import inputs_from_bits
 from bitgen_cli.engine.sampling import SamplingPlan, bit_probabilities, draw_bits, guide, plan, temperatures
 from bitgen_cli.errors import UsageError
@@ -124,3 +125,13 @@ def test_a_plan_needs_a_number_per_scale() -> None:
     assert plan(SamplingConfig(cfg=2.0, tau=[1, 2, 3, 4]), 4) == SamplingPlan(
         (2.0,) * 4, (0,), (1.0, 2.0, 3.0, 4.0), 0, 0.97
     )
+
+
+def test_rotation_is_the_same_with_and_without_gradients() -> None:
+    """One is a product of complex numbers: the same sums, which a processor may round once less."""
+    schedule = scales.schedule(tiny.config().scales, patchify=False)
+    rope = rope_table(schedule, 16, torch.device("cpu"))
+    x = torch.randn(2, schedule.positions, 3, 16, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
+    with torch.no_grad():
+        plain = rotate(x, rope)
+    torch.testing.assert_close(rotate(x, rope), plain, atol=1e-6, rtol=0)

@@ -297,7 +297,7 @@ def test_rope(name: str) -> None:
 
     def table(ratio: float, head_channels: int, resolution: str) -> tuple[layers.Rope, scales.Schedule]:
         schedule = scales.schedule(model_config_scales(resolution), patchify=False, ratio=ratio)
-        return layers.rope_table(schedule, head_channels, cpu, torch.float32), schedule
+        return layers.rope_table(schedule, head_channels, cpu), schedule
 
     for key in (key for key in tensors if key.startswith("out.grid.")):
         channels, ratio = key.removeprefix("out.grid.head_dim").split(".ratio")
