@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bitgen_cli.engine.autoencoder import Decoder, ResBlock, Upsample
 from bitgen_cli.engine.convolution import only_infers
 
-NUMBERS = 1 << 22
+BAND = 1 << 22
 """Numbers a band has at most, unless one row has more: enough to keep a GPU busy, few beside a large picture."""
 
 Bands = deque[Tensor]
@@ -28,19 +28,20 @@ Bands = deque[Tensor]
 
 
 @torch.no_grad()
-def decode_in_bands(decoder: Decoder, latent: Tensor, numbers: int = NUMBERS) -> Tensor:
-    """Image (B, 3, height, width), not clamped: `decoder(latent)` up to rounding, one picture after the other.
+def decode_in_bands(decoder: Decoder, total: Tensor, numbers: int = BAND) -> Tensor:
+    """Image (B, 3, height, width) in [-1, 1]: `Autoencoder.decode` up to rounding, one picture after the other.
 
     Args:
-        decoder: in inference; nothing can be learned through bands.
-        latent: (B, C, H, W).
+        decoder: of the autoencoder. No gradient flows through bands.
+        total: quantised sum (B, C, H, W).
         numbers: a band has at most, unless one row has more.
     """
-    return torch.cat([_decoded(decoder, one, numbers) for one in torch.split(latent, 1)])
+    images = [_decoded(decoder, one, numbers) for one in torch.split(total, 1)]
+    return torch.cat(images).clamp_(-1, 1).contiguous()
 
 
-def _decoded(decoder: Decoder, latent: Tensor, numbers: int) -> Tensor:
-    x = Bands([latent])
+def _decoded(decoder: Decoder, total: Tensor, numbers: int) -> Tensor:
+    x = Bands([total])
     _cut(x, decoder.conv_in.out_channels, numbers)
     x = _made(x, lambda window, _: decoder.conv_in.framed(window))
     for layer in decoder.layers():
