@@ -85,8 +85,8 @@ def _made(x: Bands, make: Callable[[Tensor, Tensor], Tensor], norm: nn.GroupNorm
     """A picture made of another one, which is gone afterwards.
 
     Args:
-        make: a band, of the pixels of the same one with a frame around them, and of that band itself.
-        norm: what the pixels in the frame's window pass before, and swish with it.
+        make: the new band of a band's window (`_window`) and the band itself.
+        norm: what a window has passed, and swish after it; None: it has the band's own numbers.
     """
     affine = None if norm is None else _affine(norm, x)
     y = Bands()
