@@ -10,6 +10,7 @@ the faster one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -47,8 +48,8 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(norm_swish(x, self.norm1))
-        h = self.conv2(norm_swish(h, self.norm2))
+        h = norm_swish(self.conv1(norm_swish(x, self.norm1)), self.norm2)
+        h = self.conv2(h)
         shortcut = x if self.nin_shortcut is None else self.nin_shortcut(x)
         y: Tensor = shortcut + h if torch.is_grad_enabled() else h.add_(shortcut)
         return y
@@ -86,10 +87,6 @@ class Middle(nn.Module):
         self.block_1 = ResBlock(channels, channels, config)
         self.block_2 = ResBlock(channels, channels, config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.block_2(self.block_1(x))
-        return y
-
 
 def _blocks(channels_in: int, channels_out: int, count: int, config: TokenizerConfig) -> nn.ModuleList:
     """Residual blocks in a row; the first one changes the channels."""
@@ -105,11 +102,6 @@ class EncoderLevel(nn.Module):
         self.block = _blocks(channels_in, channels_out, config.res_blocks, config)
         self.downsample = Downsample(channels_out) if downsample else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return x if self.downsample is None else self.downsample(x)
-
 
 class DecoderLevel(nn.Module):
     """Residual blocks at one resolution, then twice that (but for the first level)."""
@@ -118,11 +110,6 @@ class DecoderLevel(nn.Module):
         super().__init__()
         self.block = _blocks(channels_in, channels_out, config.res_blocks + 1, config)
         self.upsample = Upsample(channels_out) if upsample else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return x if self.upsample is None else self.upsample(x)
 
 
 class Encoder(nn.Module):
@@ -142,11 +129,20 @@ class Encoder(nn.Module):
         self.norm_out = group_norm(widths[-1], config)
         self.conv_out = nn.Conv2d(widths[-1], config.bits, 3, padding=1)
 
+    def layers(self) -> Iterator[nn.Module]:
+        """What stands between the first convolution and the last norm, in its order."""
+        for level in self.down:
+            assert isinstance(level, EncoderLevel)
+            yield from level.block
+            if level.downsample is not None:
+                yield level.downsample
+        yield from (self.mid.block_1, self.mid.block_2)
+
     def forward(self, image: Tensor) -> Tensor:
         x = self.conv_in(laid_out(image))
-        for level in self.down:
-            x = level(x)
-        latent: Tensor = self.conv_out(norm_swish(self.mid(x), self.norm_out))
+        for layer in self.layers():  # one by one: nobody keeps what a level began with
+            x = layer(x)
+        latent: Tensor = self.conv_out(norm_swish(x, self.norm_out))
         return latent
 
 
@@ -156,7 +152,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         widths = [config.base_channels * m for m in config.channel_multipliers]
-        self.conv_in = nn.Conv2d(config.bits, widths[-1], 3, padding=1)
+        self.conv_in = Conv3(config.bits, widths[-1])
         self.mid = Middle(widths[-1], config)
         after = [*widths[1:], widths[-1]]
         self.up = nn.ModuleList(
@@ -164,13 +160,22 @@ class Decoder(nn.Module):
             for level in range(len(widths))
         )
         self.norm_out = group_norm(widths[0], config)
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_out = Conv3(widths[0], 3)
+
+    def layers(self) -> Iterator[nn.Module]:
+        """What stands between the first convolution and the last norm, in its order."""
+        yield from (self.mid.block_1, self.mid.block_2)
+        for level in reversed(self.up):
+            assert isinstance(level, DecoderLevel)
+            yield from level.block
+            if level.upsample is not None:
+                yield level.upsample
 
     def features(self, latent: Tensor) -> Tensor:
         """What the last layer makes the image of: (B, channels of the first level, height, width)."""
-        x = self.mid(self.conv_in(laid_out(latent)))
-        for level in reversed(self.up):
-            x = level(x)
+        x = self.conv_in(laid_out(latent))
+        for layer in self.layers():  # one by one: nobody keeps what a level began with
+            x = layer(x)
         return norm_swish(x, self.norm_out)
 
     def forward(self, latent: Tensor) -> Tensor:

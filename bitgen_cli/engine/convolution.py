@@ -60,12 +60,24 @@ class Conv3(_InferringConv3):
         super().__init__(channels_in, channels_out, spread)
 
     def forward(self, x: Tensor) -> Tensor:
-        positions = x.shape[2] * x.shape[3]
-        large = min(self.weight.shape[:2]) >= LEAST_CHANNELS and positions >= LEAST_POSITIONS
-        exact = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if large and exact and only_infers(x) and not self.weight.requires_grad:
+        if self._takes_winograd(x, x.shape[2] * x.shape[3]):
             return winograd(x, self._made.of(self.weight), self.bias)
         return super().forward(x)
+
+    def framed(self, x: Tensor) -> Tensor:
+        """What forward makes of a part (B, in, height, width) of a picture, given with the pixel around it.
+
+        Args:
+            x: (B, in, height + 2, width + 2): zeros are where the picture ends.
+        """
+        if self._takes_winograd(x, (x.shape[2] - 2) * (x.shape[3] - 2)):
+            return winograd(x, self._made.of(self.weight), self.bias, framed=True)
+        return F.conv2d(x, self.weight, self.bias)
+
+    def _takes_winograd(self, x: Tensor, positions: int) -> bool:
+        large = min(self.weight.shape[:2]) >= LEAST_CHANNELS and positions >= LEAST_POSITIONS
+        exact = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return large and exact and only_infers(x) and not self.weight.requires_grad
 
 
 class DoublingConv3(_InferringConv3):
@@ -78,6 +90,13 @@ class DoublingConv3(_InferringConv3):
         if only_infers(x) and not self.weight.requires_grad:
             return F.conv_transpose2d(x, self._made.of(self.weight), self.bias, stride=2, padding=1)
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+    def framed(self, x: Tensor) -> Tensor:
+        """What forward makes of a part of a picture, given with the pixel around it; see `Conv3.framed`."""
+        if only_infers(x) and not self.weight.requires_grad:
+            return F.conv_transpose2d(x, self._made.of(self.weight), self.bias, stride=2, padding=3)
+        doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return F.conv2d(doubled[:, :, 1:-1, 1:-1], self.weight, self.bias)
 
 
 def spread(weight: Tensor) -> Tensor:
@@ -93,22 +112,28 @@ def spread(weight: Tensor) -> Tensor:
     return wide.to(weight.dtype).view(36, channels, out)
 
 
-def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: int = TILES) -> Tensor:
+def winograd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tiles: int = TILES, *, framed: bool = False
+) -> Tensor:
     """3x3 convolution with padding 1 by Winograd's F(4x4, 3x3), channels-last.
 
     Args:
-        x: (B, in, height, width) float32.
+        x: (B, in, height, width) float32, or (B, in, height + 2, width + 2) where it is framed.
         weight: (36, in, out) from `spread`.
         bias: (out,).
         tiles: of 4x4 pixels that are worked on at once: several pictures together, or one in bands of rows.
+        framed: whether x has the padding already.
 
     Returns:
         (B, out, height, width).
     """
-    batch, channels, height, width = x.shape
+    batch, channels = x.shape[:2]
+    frame = 0 if framed else 1
+    height, width = x.shape[2] - 2 + 2 * frame, x.shape[3] - 2 + 2 * frame
     out = weight.shape[2]
     down, across = -(-height // 4), -(-width // 4)
-    padded = F.pad(x, (1, 1 + 4 * across - width, 1, 1 + 4 * down - height)).permute(0, 2, 3, 1)
+    edges = (frame, frame + 4 * across - width, frame, frame + 4 * down - height)
+    padded = (F.pad(x, edges) if any(edges) else x).permute(0, 2, 3, 1)
     result = x.new_empty((batch, 4 * down, 4 * across, out))
     rows = max(1, min(down, tiles // across))
     together = max(1, tiles // (down * across))

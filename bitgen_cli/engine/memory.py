@@ -16,6 +16,7 @@ from torch import nn
 
 from bitgen_cli.config import ModelConfig, TextEncoderConfig, TokenizerConfig
 from bitgen_cli.engine.autoencoder import Decoder, Encoder
+from bitgen_cli.engine.bands import BAND
 from bitgen_cli.engine.convolution import LEAST_CHANNELS, LEAST_POSITIONS
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.streaming import SETS
@@ -237,6 +238,7 @@ class _Conv:
         normed: whether a norm and an activation stand before it.
         held: numbers the layers around it hold meanwhile.
         doubles: whether it enlarges what it reads.
+        residual: whether it stands in a residual block, which has a shortcut.
     """
 
     before: int
@@ -245,6 +247,7 @@ class _Conv:
     normed: bool = False
     held: int = 0
     doubles: bool = False
+    residual: bool = False
 
 
 def decoder_peak(config: TokenizerConfig, schedule: Schedule) -> int:
@@ -255,6 +258,25 @@ def decoder_peak(config: TokenizerConfig, schedule: Schedule) -> int:
     """
     convs = _decoder_convs(config, schedule)
     return max(2 * (conv.before + conv.after) * conv.pixels + conv.held for conv in convs)
+
+
+def decoder_peak_in_bands(config: TokenizerConfig, schedule: Schedule, numbers: int = BAND) -> int:
+    """Numbers the decoder holds at once, at most, where it decodes in bands of rows (bands.py), without gradient.
+
+    At full size what a layer begins with or what it ends with, with the shortcut of a residual block; beside it two
+    bands: what the convolution reads with its frame, and what it makes.
+
+    Args:
+        config: of the autoencoder.
+        schedule: scales of the picture.
+        numbers: a band has at most.
+    """
+    most = 0
+    for conv in _decoder_convs(config, schedule):
+        read, made = conv.before * conv.pixels // (4 if conv.doubles else 1), conv.after * conv.pixels
+        whole = max(read, 2 * made if conv.residual else made)
+        most = max(most, whole + 2 * min(max(read, made), numbers))
+    return most
 
 
 def derived_weights(config: TokenizerConfig, schedule: Schedule, number: int, *, encoder: bool) -> int:
@@ -278,8 +300,8 @@ def derived_weights(config: TokenizerConfig, schedule: Schedule, number: int, *,
 
 def _res_block(before: int, after: int, pixels: int) -> list[_Conv]:
     return [
-        _Conv(before, after, pixels, True, held=before * pixels),
-        _Conv(after, after, pixels, True, held=(before + after) * pixels),
+        _Conv(before, after, pixels, True, held=before * pixels, residual=True),
+        _Conv(after, after, pixels, True, held=before * pixels, residual=True),
     ]
 
 

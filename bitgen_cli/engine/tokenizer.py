@@ -11,6 +11,7 @@ from bitgen_cli.config import TokenizerConfig
 from bitgen_cli.engine import pyramid
 from bitgen_cli.engine.active_bits import active, widened
 from bitgen_cli.engine.autoencoder import Autoencoder
+from bitgen_cli.engine.bands import decode_in_bands
 from bitgen_cli.engine.scales import Schedule
 
 
@@ -43,11 +44,16 @@ class Tokenizer(nn.Module):
         """
         return pyramid.encode(self.latent(image, bits).float(), schedule)
 
-    def decode(self, total: Tensor) -> Tensor:
-        """Image (B, 3, height, width) in [-1, 1] of a quantised sum (B, d, H, W)."""
-        return self.autoencoder.decode(widened(total, self.config.bits))
+    def decode(self, total: Tensor, *, in_bands: bool = False) -> Tensor:
+        """Image (B, 3, height, width) in [-1, 1] of a quantised sum (B, d, H, W).
 
-    def decode_bits(self, bits: list[Tensor], schedule: Schedule) -> Tensor:
-        """Image (B, 3, height, width) in [-1, 1] of bits per scale, each (B, d, h, w) bool."""
+        Args:
+            in_bands: of rows, in less than half of the memory, rounded otherwise and without gradient (bands.py).
+        """
+        total = widened(total, self.config.bits)
+        return decode_in_bands(self.autoencoder.decoder, total) if in_bands else self.autoencoder.decode(total)
+
+    def decode_bits(self, bits: list[Tensor], schedule: Schedule, *, in_bands: bool = False) -> Tensor:
+        """Image (B, 3, height, width) in [-1, 1] of bits per scale, each (B, d, h, w) bool; see `decode`."""
         dtype = next(self.parameters()).dtype
-        return self.decode(pyramid.decode(bits, schedule).to(dtype))
+        return self.decode(pyramid.decode(bits, schedule).to(dtype), in_bands=in_bands)
