@@ -30,6 +30,14 @@ def data_folder() -> Path:
     return Path(home).expanduser() if home else Path(platformdirs.user_data_dir("bitgen", appauthor=False))
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept, and may be deleted. BITGEN_HOME moves it."""
+    import platformdirs
+
+    home = os.environ.get(HOME)
+    return Path(home).expanduser() / "cache" if home else Path(platformdirs.user_cache_dir("bitgen", appauthor=False))
+
+
 def explain(error: OSError, path: Path, doing: str) -> BitgenError:
     """The one-line error for an operating system error met while `doing` (for example "write") something at `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

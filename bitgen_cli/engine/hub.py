@@ -26,6 +26,9 @@ from bitgen_cli.report import Report, Silent
 
 OFFLINE = "HF_HUB_OFFLINE"
 """Environment variable: 1 asks nothing of the network."""
+MAIN = "main"
+"""The revision that a repository is read at unless another one is named."""
+VOCABULARY, SENTENCE_PIECE = "tokenizer.json", "spiece.model"
 INCOMPLETE = ".incomplete"
 MEGABYTE = 1e6
 
@@ -102,7 +105,29 @@ def sharded(folder: str) -> Choose:
 
 def text_encoder_files(names: Collection[str], read: Callable[[str], Path]) -> list[str]:
     """Chooses what a text encoder is read from."""
-    return ["config.json", "tokenizer.json", *sharded("")(names, read)]
+    return ["config.json", VOCABULARY, *sharded("")(names, read)]
+
+
+def any_text_encoder_files(names: Collection[str], read: Callable[[str], Path]) -> list[str]:
+    """Chooses what transformers reads a text encoder from, also where its vocabulary is SentencePiece's alone."""
+    if VOCABULARY in names or SENTENCE_PIECE not in names:
+        return text_encoder_files(names, read)
+    beside = [name for name in ("special_tokens_map.json", "tokenizer_config.json") if name in names]
+    return ["config.json", SENTENCE_PIECE, *beside, *sharded("")(names, read)]
+
+
+def provided(repository: str, choose: Choose, report: Report, revision: str = MAIN) -> Snapshot:
+    """The files on this machine; those that are not are fetched first.
+
+    Args:
+        repository, revision, choose: as in `kept`.
+        report: as in `fetch`.
+
+    Raises: as `offered` and `fetch`.
+    """
+    snapshot = kept(repository, revision, choose) or offered(repository, revision, choose)
+    fetch(snapshot, report)
+    return snapshot
 
 
 def kept(repository: str, revision: str, choose: Choose) -> Snapshot | None:
@@ -141,7 +166,7 @@ def offered(repository: str, revision: str, choose: Choose) -> Snapshot:
     if is_offline():
         raise InputError(
             f"{repository} is not on this machine, and nothing is fetched offline",
-            f"leave --offline and {OFFLINE} away once, or copy the files here and name them with --model PATH",
+            f"leave --offline and {OFFLINE} away once, or copy the files here and name their folder",
         )
     with _told(repository, revision):
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)

@@ -237,9 +237,19 @@ def load_model(
         with torch.device("meta"):
             model.transformer = Transformer(config)
         _fill(model.transformer, folder / TRANSFORMER_FILE, device, dtype)
-    if "text_encoder" in parts:
-        model.text_encoder = _load_text_encoder(folder, config, device, dtype)
+    source = text_source(folder, config)
+    if "text_encoder" in parts and source is not None:
+        encoder = load_text_encoder(source, config.transformer.text_length, device, dtype)
+        model.text_encoder = encoder.requires_grad_(False)
     return model
+
+
+def text_source(folder: Path, config: ModelConfig) -> str | None:
+    """Where a model's text encoder is: its own folder, or what the configuration names; None while it has none."""
+    own = folder / TEXT_FOLDER
+    if own.is_dir():
+        return os.fspath(own)
+    return None if config.text_encoder.source == "new" else config.text_encoder.source
 
 
 def read_tensors(
@@ -291,15 +301,3 @@ def describe_text_encoder(folder: Path, config: PretrainedConfig) -> None:
     """
     values = {name: value for name, value in config.to_diff_dict().items() if name not in _INCIDENTAL}
     write_json(folder / "config.json", values)
-
-
-def _load_text_encoder(
-    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> TextEncoder | None:
-    length = config.transformer.text_length
-    own = folder / TEXT_FOLDER
-    if own.is_dir():
-        return load_text_encoder(os.fspath(own), length, device, dtype).requires_grad_(False)
-    if config.text_encoder.source == "new":
-        return None
-    return load_text_encoder(config.text_encoder.source, length, device, dtype).requires_grad_(False)

@@ -23,7 +23,7 @@ from bitgen_cli.engine.store import TokenStore
 from bitgen_cli.engine.store_format import Manifest, StoredPart, StoredRow, is_empty, read_rows
 from bitgen_cli.engine.store_parts import join, require_division
 from bitgen_cli.engine.store_writer import StoreWriter
-from bitgen_cli.engine.text import find_vocabulary
+from bitgen_cli.engine.vocabulary import find_vocabulary
 from bitgen_cli.engine.weight_files import TOKENIZER
 from bitgen_cli.errors import Interrupted, ResourceError, UsageError
 from bitgen_cli.files import only_writer, write_json
