@@ -15,7 +15,7 @@ from bitgen_cli.config import ModelConfig
 from bitgen_cli.engine.beginning import PartReport, account
 from bitgen_cli.engine.infinity_weights import fit_rows, require_match
 from bitgen_cli.engine.model_folder import describe_text_encoder
-from bitgen_cli.engine.tensors import stream_tensors, weights
+from bitgen_cli.engine.tensors import Unfilled, stream_tensors, weights
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.engine.weight_files import FOLDER_NAMES, TOKENIZER, TRANSFORMER, PartWeights, read_content
@@ -53,7 +53,7 @@ def write_tokenizer(found: PartWeights, config: ModelConfig, file: Path, advance
         InputError: keys are unknown, missing or misshapen.
         ResourceError: no space left.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         expected = Tokenizer(config.tokenizer).state_dict()
     report = PartReport(TOKENIZER, found.source)
     return _write(found, dict(found.renamed.tensors), expected, report, file, TOKENIZER_DTYPE, advance)
@@ -66,7 +66,7 @@ def write_transformer(
 
     Args, Raises: as `write_tokenizer`.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         expected = Transformer(config).state_dict()
     report = PartReport(TRANSFORMER, found.source)
     tensors = dict(found.renamed.tensors)
@@ -116,7 +116,7 @@ def read_text_encoder(source: Path, name: str) -> tuple[T5EncoderModel, dict[str
     stored = read_json(source / TEXT_CONFIG)
     if not is_t5(stored):
         raise InputError(f"{source / TEXT_CONFIG} does not describe a T5", "text encoders of Infinity are T5s")
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         model = T5EncoderModel(T5Config.from_dict(stored))
     tensors = read_content(text_weights(source))
     report = PartReport(TEXT_ENCODER, name)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bitgen_cli.config import ModelConfig, SamplingConfig
 from bitgen_cli.engine.infinity_weights import require_match
-from bitgen_cli.engine.tensors import save_tensors, weights
+from bitgen_cli.engine.tensors import Unfilled, save_tensors, weights
 from bitgen_cli.engine.text import TextEncoder, load_text_encoder
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import Transformer
@@ -230,11 +230,11 @@ def load_model(
     config, sampling, fingerprints = read_model_config(folder)
     model = Model(folder, config, sampling, fingerprints, revisions=read_origin(folder).revisions)
     if "tokenizer" in parts:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model.tokenizer = Tokenizer(config.tokenizer)
         _fill(model.tokenizer, folder / TOKENIZER_FILE, device, dtype)
     if "transformer" in parts and (folder / TRANSFORMER_FILE).is_file():
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model.transformer = Transformer(config)
         _fill(model.transformer, folder / TRANSFORMER_FILE, device, dtype)
     source = text_source(folder, config)
