@@ -21,7 +21,7 @@ from typing import Any
 
 from bitgen_cli.engine.weight_files import FOLDER_NAMES, INDEX_SUFFIX, shard_names
 from bitgen_cli.errors import BitgenError, InputError, Interrupted
-from bitgen_cli.files import explain
+from bitgen_cli.files import explain, taking_turns, write_text
 from bitgen_cli.report import Report, Silent
 
 OFFLINE = "HF_HUB_OFFLINE"
@@ -116,18 +116,30 @@ def any_text_encoder_files(names: Collection[str], read: Callable[[str], Path]) 
     return ["config.json", SENTENCE_PIECE, *beside, *sharded("")(names, read)]
 
 
-def provided(repository: str, choose: Choose, report: Report, revision: str = MAIN) -> Snapshot:
-    """The files on this machine; those that are not are fetched first.
+def provided(repository: str, choose: Choose, report: Report) -> Snapshot:
+    """The files on this machine; those that are not are fetched first, and known from then on.
 
     Args:
-        repository, revision, choose: as in `kept`.
+        repository, choose: as in `kept`.
         report: as in `fetch`.
 
     Raises: as `offered` and `fetch`.
     """
-    snapshot = kept(repository, revision, choose) or offered(repository, revision, choose)
-    fetch(snapshot, report)
+    snapshot = kept(repository, MAIN, choose)
+    if snapshot is None:
+        snapshot = offered(repository, MAIN, choose)
+        fetch(snapshot, report)
+        remember(snapshot)
     return snapshot
+
+
+def remember(snapshot: Snapshot) -> None:
+    """Makes a commit whose files are there the one that is found where none is named, as the hub's client does.
+
+    Raises:
+        InputError, ResourceError: it cannot be written.
+    """
+    write_text(_folder(snapshot.repository) / "refs" / MAIN, snapshot.commit)
 
 
 def kept(repository: str, revision: str, choose: Choose) -> Snapshot | None:
@@ -190,6 +202,8 @@ def offered(repository: str, revision: str, choose: Choose) -> Snapshot:
 def fetch(snapshot: Snapshot, report: Report) -> None:
     """Fetches what is missing of the files, one after the other; what an earlier process began goes on.
 
+    One process fetches of a repository at a time: the others wait, and have it then.
+
     Args:
         snapshot: which files.
         report: gets a bar for each, in megabytes.
@@ -199,13 +213,18 @@ def fetch(snapshot: Snapshot, report: Report) -> None:
         ResourceError: no space left; what was fetched stays.
         Interrupted: stopped by the user; what was fetched stays.
     """
-    for name in snapshot.missing:
-        try:
-            _fetch(snapshot, name, report)
-        except KeyboardInterrupt as error:
-            raise Interrupted(
-                f"stopped by Ctrl-C while fetching {name}", "what was fetched stays; the same command goes on with it"
-            ) from error
+    if not snapshot.missing:
+        return
+    place = cache_folder() / ".locks" / _folder(snapshot.repository).name
+    with taking_turns(place, lambda: report.notice(f"another process fetches {snapshot.repository}: waiting for it")):
+        for name in snapshot.missing:
+            try:
+                _fetch(snapshot, name, report)
+            except KeyboardInterrupt as error:
+                raise Interrupted(
+                    f"stopped by Ctrl-C while fetching {name}",
+                    "what was fetched stays; the same command goes on with it",
+                ) from error
 
 
 # -- one file ----------------------------------------------------------------------------------------------------------

@@ -211,6 +211,11 @@ def text_folder(source: str, report: Report | None = None) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise InputError(
+            f"cannot load the text encoder {source}: no such folder",
+            "give a folder of transformers, or a repository OWNER/NAME",
+        )
     return hub.provided(source, hub.any_text_encoder_files, report or Silent()).path("")
 
 

@@ -165,7 +165,7 @@ def tokenize(options: TokenizeOptions, report: Report) -> TokenizeResult:
     announce(source, options.data, report)
     part = None if share is None else StoredPart(number=share[0], of=share[1], total=len(source))
     require_division(options.out, None if part is None else part.of)
-    text = find_text(model.config) if options.text_features else None
+    text = find_text(model.config, report) if options.text_features else None
     folder = options.out if part is None else options.out / part.name
     is_empty(folder)
     with only_writer(folder):
