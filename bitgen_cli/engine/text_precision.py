@@ -93,7 +93,8 @@ def _load_int8(
     for name, tensor in tensors.items():
         path, _, own = name.rpartition(".")
         module = model.get_submodule(path)
-        setattr(module, own, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+        # a copy, or the whole file would stay mapped for what is not rounded
+        setattr(module, own, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
         if isinstance(module, nn.Linear):
             quantize_(module, Int8WeightOnlyConfig())
     model.set_input_embeddings(model.shared)  # type: ignore[no-untyped-call]
