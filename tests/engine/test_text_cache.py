@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,30 @@ def test_only_its_own_files_are_deleted(tmp_path: Path) -> None:
     cache.prune()
     assert {file.name for file in tmp_path.iterdir()} == names
     TextCache(tmp_path / "missing").prune()
+
+
+def use(folder: Path) -> None:
+    """A process that keeps, finds and deletes what others do too; it fails when it finds what was not kept."""
+    found = 0
+    for round_ in range(40):
+        key = replace(KEY, prompt=str(round_ % 3))
+        cache = TextCache(folder, 0 if round_ % 5 == 0 else 2**20)
+        cache.keep(key, FEATURES + round_ % 3)
+        features = cache.find(key)
+        found += features is not None
+        assert features is None or torch.equal(features, FEATURES + round_ % 3)
+        cache.prune()
+    assert found > 10
+
+
+def test_several_processes_use_it_at_once(tmp_path: Path) -> None:
+    processes = [get_context("fork").Process(target=use, args=(tmp_path,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_where_nothing_can_be_kept_it_is_told(tmp_path: Path) -> None:
