@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitgen_cli.engine.vocabulary import SENTENCE_PIECE, VOCABULARY_FILE
 from bitgen_cli.engine.weight_files import FOLDER_NAMES, INDEX_SUFFIX, shard_names
 from bitgen_cli.errors import BitgenError, InputError, Interrupted
 from bitgen_cli.files import explain, taking_turns, write_text
@@ -28,7 +29,6 @@ OFFLINE = "HF_HUB_OFFLINE"
 """Environment variable: 1 asks nothing of the network."""
 MAIN = "main"
 """The revision that a repository is read at unless another one is named."""
-VOCABULARY, SENTENCE_PIECE = "tokenizer.json", "spiece.model"
 INCOMPLETE = ".incomplete"
 MEGABYTE = 1e6
 
@@ -105,12 +105,12 @@ def sharded(folder: str) -> Choose:
 
 def text_encoder_files(names: Collection[str], read: Callable[[str], Path]) -> list[str]:
     """Chooses what a text encoder is read from."""
-    return ["config.json", VOCABULARY, *sharded("")(names, read)]
+    return ["config.json", VOCABULARY_FILE, *sharded("")(names, read)]
 
 
 def any_text_encoder_files(names: Collection[str], read: Callable[[str], Path]) -> list[str]:
     """Chooses what transformers reads a text encoder from, also where its vocabulary is SentencePiece's alone."""
-    if VOCABULARY in names or SENTENCE_PIECE not in names:
+    if VOCABULARY_FILE in names or SENTENCE_PIECE not in names:
         return text_encoder_files(names, read)
     beside = [name for name in ("special_tokens_map.json", "tokenizer_config.json") if name in names]
     return ["config.json", SENTENCE_PIECE, *beside, *sharded("")(names, read)]

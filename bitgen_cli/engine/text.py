@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from bitgen_cli.config import TextEncoderConfig
 from bitgen_cli.engine import hub
 from bitgen_cli.engine.transformer import TextFeatures
-from bitgen_cli.engine.vocabulary import END, PAD, PromptReader, load_vocabulary, new_vocabulary
+from bitgen_cli.engine.vocabulary import (
+    END,
+    PAD,
+    SENTENCE_PIECE,
+    VOCABULARY_FILE,
+    PromptReader,
+    load_vocabulary,
+    new_vocabulary,
+)
 from bitgen_cli.errors import InputError
 from bitgen_cli.files import explain, sha256
 from bitgen_cli.report import Report, Silent
@@ -31,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-_VOCABULARIES = ("tokenizer.json", "spiece.model")
+_VOCABULARIES = (VOCABULARY_FILE, SENTENCE_PIECE)
 """Names of an encoder's files, the first that are there."""
 
 

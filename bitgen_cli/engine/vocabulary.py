@@ -11,8 +11,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from bitgen_cli.errors import InputError
 
-FILE = "tokenizer.json"
-"""Of a transformers folder."""
+VOCABULARY_FILE, SENTENCE_PIECE = "tokenizer.json", "spiece.model"
+"""Of a transformers folder: the first that is there."""
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 WORD_START = "\u2581"
 
@@ -82,13 +82,13 @@ def find_vocabulary(source: str) -> Vocabulary | None:
     Raises:
         InputError: it is broken.
     """
-    file = Path(source) / FILE
+    file = Path(source) / VOCABULARY_FILE
     if not file.is_file():
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
         try:
-            cached = try_to_load_from_cache(source, FILE)
+            cached = try_to_load_from_cache(source, VOCABULARY_FILE)
         except HFValidationError:
             return None
         if not isinstance(cached, str):
@@ -104,15 +104,20 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     """The vocabulary of a transformers folder; transformers is loaded where it has no tokenizer.json.
 
     Raises:
-        InputError: it is broken.
-        OSError, ValueError: from transformers, where there is none.
+        InputError: it is broken, or there is none.
     """
-    file = folder / FILE
+    file = folder / VOCABULARY_FILE
     if file.is_file():
         return _read(file)
+    if not (folder / SENTENCE_PIECE).is_file():  # transformers makes one that knows no word
+        raise InputError(f"the text encoder {folder} has no vocabulary", f"{VOCABULARY_FILE} is missing")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot read {folder / SENTENCE_PIECE}: {reason}", f"or give {VOCABULARY_FILE}") from error
 
 
 def _read(file: Path) -> Vocabulary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import subprocess
 import sys
 import weakref
@@ -22,7 +23,7 @@ from bitgen_cli.engine.subject import PREFIX, ROW, START, Header, Worn, read_sub
 from bitgen_cli.engine.text import TextEncoder
 from bitgen_cli.engine.text_cache import TextCache
 from bitgen_cli.engine.text_precision import TextPrecision, load_text_encoder_as, pick_text_precision
-from bitgen_cli.errors import UsageError
+from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs import prompts as module
 from bitgen_cli.runs.gen_priors import PriorOptions, gen_priors
@@ -283,6 +284,13 @@ def test_int8_draws_and_is_kept_apart(folder: Path, home: Path, tmp_path: Path) 
     whole = subject(folder, tmp_path / "whole.safetensors", **{DELTA: torch.full((32, 32), 0.3)})
     with pytest.raises(UsageError, match="changes weights of the text encoder"):
         draw(folder, "a [V] dog", seed=1, subjects=(str(whole),), text_dtype="int8")
+
+
+def test_a_text_encoder_without_a_vocabulary_is_told(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "text_encoder" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"has no vocabulary .tokenizer\.json is missing"):
+        draw(tmp_path / "copy", "a red dog")
 
 
 def test_the_cache_of_the_user_is_below_bitgens_home(home: Path) -> None:
