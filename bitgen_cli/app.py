@@ -111,6 +111,13 @@ Model = Annotated[
     str,
     _option("MODEL", "A model or run folder, published weights by name (infinity-2b) or file, or demo, the built-in."),
 ]
+TextDtype = Annotated[
+    str, _option("TYPE", "Of the text encoder: auto, fp32, bf16, or int8, which takes the least memory.", _COMPUTING)
+]
+NoTextCache = Annotated[
+    bool,
+    _flag("--no-text-cache", "Read prompts anew: do not take text features from disk, nor keep them.", _COMPUTING),
+]
 Offline = Annotated[
     bool,
     typer.Option(
@@ -293,6 +300,8 @@ def sample(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    text_dtype: TextDtype = "auto",
+    no_text_cache: NoTextCache = False,
     offline: Offline = False,
     overrides: Overrides = None,
 ) -> None:
@@ -325,6 +334,8 @@ def sample(
         metadata=not no_metadata,
         device=device,
         dtype=dtype,
+        text_dtype=text_dtype,
+        text_cache=not no_text_cache,
         overrides=tuple(overrides or ()),
     )
     with console.listening() as report:
@@ -779,6 +790,7 @@ def gen_priors(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    no_text_cache: NoTextCache = False,
     offline: Offline = False,
     overrides: Overrides = None,
 ) -> None:
@@ -801,6 +813,7 @@ def gen_priors(
         overrides=tuple(overrides or ()),
         device=device,
         dtype=dtype,
+        text_cache=not no_text_cache,
     )
     with console.listening() as report:
         result = draw(options, report)

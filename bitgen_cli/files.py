@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,14 @@ def data_folder() -> Path:
 
     home = os.environ.get(HOME)
     return Path(home).expanduser() if home else Path(platformdirs.user_data_dir("bitgen", appauthor=False))
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept, and may be deleted. BITGEN_HOME moves it."""
+    import platformdirs
+
+    home = os.environ.get(HOME)
+    return Path(home).expanduser() / "cache" if home else Path(platformdirs.user_cache_dir("bitgen", appauthor=False))
 
 
 def explain(error: OSError, path: Path, doing: str) -> BitgenError:
@@ -134,6 +142,47 @@ def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise InputError(f"another process is writing to {folder}", "wait for it, or stop it") from error
         yield
+
+
+@contextmanager
+def taking_turns(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Keeps other processes from writing into a folder while the block runs, which begins when they have done so.
+
+    Args:
+        folder: as in `only_writer`.
+        waiting: is called when another one writes there.
+
+    Raises:
+        InputError: it may not be written to.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(only_writer(folder))
+        except InputError:
+            waiting()
+            held.enter_context(only_writer(folder, wait=True))
+        yield
+
+
+def share_folder(source: Path, path: Path) -> None:
+    """Gives a folder's files to another folder too, whole or not at all. They take their space once.
+
+    Each is a hard link, so that deleting one folder leaves the other; where the file system has none it is a copy.
+
+    Raises:
+        ResourceError: no space left for copies.
+        InputError: a file cannot be read, or not written there.
+    """
+    with atomic_folder(path) as temporary:
+        for file in sorted(source.rglob("*")):
+            place = temporary / file.relative_to(source)
+            if file.is_dir():
+                place.mkdir()
+                continue
+            try:
+                os.link(file, place)
+            except OSError:
+                shutil.copyfile(file, place)
 
 
 def sha256(path: Path) -> str:

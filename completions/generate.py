@@ -58,6 +58,7 @@ def kinds() -> dict[str, Kind]:
         "STAGE": Kind(("tokenizer", "transformer")),
         "DEVICE": Kind(("auto", "cpu", "cuda", "mps")),
         "DTYPE": Kind(("auto", "fp32", "bf16", "fp16")),
+        "TYPE": Kind(("auto", "fp32", "bf16", "int8")),
         "STRATEGY": Kind(("ddp", "fsdp")),
         "RESOLUTION": Kind(("0.06M", "0.25M", "0.60M", "1M")),
     }

@@ -47,7 +47,7 @@ ENGINE_ORDER = {
 }
 """The walk of a picture through the engine: each module to the engine modules it may import."""
 
-EXTRAS = ("matplotlib", "tensorboard", "torch.utils.tensorboard", "wandb")
+EXTRAS = ("matplotlib", "tensorboard", "torch.utils.tensorboard", "torchao", "wandb")
 """What is installed on demand, and must be missed by nobody who does not ask for it."""
 
 HEAVY = ("torch", "transformers", "numpy", "PIL", "pydantic", "safetensors", "tokenizers")

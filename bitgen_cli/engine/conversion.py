@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,15 @@ from bitgen_cli.config import ModelConfig
 from bitgen_cli.engine.beginning import PartReport, account
 from bitgen_cli.engine.infinity_weights import fit_rows, require_match
 from bitgen_cli.engine.model_folder import describe_text_encoder
-from bitgen_cli.engine.tensors import stream_tensors, weights
+from bitgen_cli.engine.tensors import Unfilled, stream_tensors, weights
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.engine.weight_files import FOLDER_NAMES, TOKENIZER, TRANSFORMER, PartWeights, read_content
 from bitgen_cli.errors import InputError
 from bitgen_cli.files import atomic_folder, atomic_path, read_json
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
 
 TEXT_ENCODER = "text_encoder"
 TOKENIZER_DTYPE = torch.float32
@@ -49,7 +53,7 @@ def write_tokenizer(found: PartWeights, config: ModelConfig, file: Path, advance
         InputError: keys are unknown, missing or misshapen.
         ResourceError: no space left.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         expected = Tokenizer(config.tokenizer).state_dict()
     report = PartReport(TOKENIZER, found.source)
     return _write(found, dict(found.renamed.tensors), expected, report, file, TOKENIZER_DTYPE, advance)
@@ -62,7 +66,7 @@ def write_transformer(
 
     Args, Raises: as `write_tokenizer`.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         expected = Transformer(config).state_dict()
     report = PartReport(TRANSFORMER, found.source)
     tensors = dict(found.renamed.tensors)
@@ -87,16 +91,33 @@ def write_text_encoder(source: Path, name: str, width: int, folder: Path, advanc
         InputError: it is no T5, is of another width, or keys are unknown, missing or misshapen.
         ResourceError: no space left.
     """
+    model, tensors, report = read_text_encoder(source, name)
+    if model.config.d_model != width:
+        raise InputError(f"the text encoder {name} has {model.config.d_model} channels, the transformer takes {width}")
+    with atomic_folder(folder) as temporary:
+        describe_text_encoder(temporary, model.config)
+        shutil.copyfile(source / VOCABULARY, temporary / VOCABULARY)
+        stream_tensors(tensors, temporary / "model.safetensors", WEIGHTS_DTYPE, {"format": "pt"}, advance)
+    return report
+
+
+def read_text_encoder(source: Path, name: str) -> tuple[T5EncoderModel, dict[str, Tensor], PartReport]:
+    """The encoder of a T5 on the meta device, its weights by their names in it, and what became of every key.
+
+    Args:
+        source: folder with its config.json and weights, which may be those of a whole T5.
+        name: what it is called, for people.
+
+    Raises:
+        InputError: it is no T5, or keys are unknown, missing or misshapen.
+    """
     from transformers import T5Config, T5EncoderModel
 
     stored = read_json(source / TEXT_CONFIG)
     if not is_t5(stored):
         raise InputError(f"{source / TEXT_CONFIG} does not describe a T5", "text encoders of Infinity are T5s")
-    config = T5Config.from_dict(stored)
-    if config.d_model != width:
-        raise InputError(f"the text encoder {name} has {config.d_model} channels, the transformer takes {width}")
-    with torch.device("meta"):
-        model = T5EncoderModel(config)
+    with torch.device("meta"), Unfilled():
+        model = T5EncoderModel(T5Config.from_dict(stored))
     tensors = read_content(text_weights(source))
     report = PartReport(TEXT_ENCODER, name)
     for key in list(tensors):
@@ -108,11 +129,7 @@ def write_text_encoder(source: Path, name: str, width: int, folder: Path, advanc
     expected = weights(model)
     account(expected, tensors, report)
     require_match(tensors, expected, [], f"text encoder ({name})")
-    with atomic_folder(folder) as temporary:
-        describe_text_encoder(temporary, model.config)
-        shutil.copyfile(source / VOCABULARY, temporary / VOCABULARY)
-        stream_tensors(tensors, temporary / "model.safetensors", WEIGHTS_DTYPE, {"format": "pt"}, advance)
-    return report
+    return model, tensors, report
 
 
 def is_t5(config: object) -> bool:

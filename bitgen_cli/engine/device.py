@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def bf16_is_fast(device: torch.device) -> bool:
         has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
         return any(bool(check()) for check in (has_bf16, has_amx) if check is not None)
     return False
+
+
+def give_back(device: torch.device) -> None:
+    """Hands memory that nothing refers to any more back to the device, so that others find it free."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -19,13 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitgen_cli.engine.vocabulary import SENTENCE_PIECE, VOCABULARY_FILE
 from bitgen_cli.engine.weight_files import FOLDER_NAMES, INDEX_SUFFIX, shard_names
 from bitgen_cli.errors import BitgenError, InputError, Interrupted
-from bitgen_cli.files import explain
+from bitgen_cli.files import explain, taking_turns, write_text
 from bitgen_cli.report import Report, Silent
 
 OFFLINE = "HF_HUB_OFFLINE"
 """Environment variable: 1 asks nothing of the network."""
+MAIN = "main"
+"""The revision that a repository is read at unless another one is named."""
 INCOMPLETE = ".incomplete"
 MEGABYTE = 1e6
 
@@ -102,7 +105,41 @@ def sharded(folder: str) -> Choose:
 
 def text_encoder_files(names: Collection[str], read: Callable[[str], Path]) -> list[str]:
     """Chooses what a text encoder is read from."""
-    return ["config.json", "tokenizer.json", *sharded("")(names, read)]
+    return ["config.json", VOCABULARY_FILE, *sharded("")(names, read)]
+
+
+def any_text_encoder_files(names: Collection[str], read: Callable[[str], Path]) -> list[str]:
+    """Chooses what transformers reads a text encoder from, also where its vocabulary is SentencePiece's alone."""
+    if VOCABULARY_FILE in names or SENTENCE_PIECE not in names:
+        return text_encoder_files(names, read)
+    beside = [name for name in ("special_tokens_map.json", "tokenizer_config.json") if name in names]
+    return ["config.json", SENTENCE_PIECE, *beside, *sharded("")(names, read)]
+
+
+def provided(repository: str, choose: Choose, report: Report) -> Snapshot:
+    """The files on this machine; those that are not are fetched first, and known from then on.
+
+    Args:
+        repository, choose: as in `kept`.
+        report: as in `fetch`.
+
+    Raises: as `offered` and `fetch`.
+    """
+    snapshot = kept(repository, MAIN, choose)
+    if snapshot is None:
+        snapshot = offered(repository, MAIN, choose)
+        fetch(snapshot, report)
+        remember(snapshot)
+    return snapshot
+
+
+def remember(snapshot: Snapshot) -> None:
+    """Makes a commit whose files are there the one that is found where none is named, as the hub's client does.
+
+    Raises:
+        InputError, ResourceError: it cannot be written.
+    """
+    write_text(_folder(snapshot.repository) / "refs" / MAIN, snapshot.commit)
 
 
 def kept(repository: str, revision: str, choose: Choose) -> Snapshot | None:
@@ -141,7 +178,7 @@ def offered(repository: str, revision: str, choose: Choose) -> Snapshot:
     if is_offline():
         raise InputError(
             f"{repository} is not on this machine, and nothing is fetched offline",
-            f"leave --offline and {OFFLINE} away once, or copy the files here and name them with --model PATH",
+            f"leave --offline and {OFFLINE} away once, or copy the files here and name their folder",
         )
     with _told(repository, revision):
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
@@ -165,6 +202,8 @@ def offered(repository: str, revision: str, choose: Choose) -> Snapshot:
 def fetch(snapshot: Snapshot, report: Report) -> None:
     """Fetches what is missing of the files, one after the other; what an earlier process began goes on.
 
+    One process fetches of a repository at a time: the others wait, and have it then.
+
     Args:
         snapshot: which files.
         report: gets a bar for each, in megabytes.
@@ -174,13 +213,18 @@ def fetch(snapshot: Snapshot, report: Report) -> None:
         ResourceError: no space left; what was fetched stays.
         Interrupted: stopped by the user; what was fetched stays.
     """
-    for name in snapshot.missing:
-        try:
-            _fetch(snapshot, name, report)
-        except KeyboardInterrupt as error:
-            raise Interrupted(
-                f"stopped by Ctrl-C while fetching {name}", "what was fetched stays; the same command goes on with it"
-            ) from error
+    if not snapshot.missing:
+        return
+    place = cache_folder() / ".locks" / _folder(snapshot.repository).name
+    with taking_turns(place, lambda: report.notice(f"another process fetches {snapshot.repository}: waiting for it")):
+        for name in snapshot.missing:
+            try:
+                _fetch(snapshot, name, report)
+            except KeyboardInterrupt as error:
+                raise Interrupted(
+                    f"stopped by Ctrl-C while fetching {name}",
+                    "what was fetched stays; the same command goes on with it",
+                ) from error
 
 
 # -- one file ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from bitgen_cli.config import ModelConfig, SamplingConfig
 from bitgen_cli.engine.infinity_weights import require_match
 from bitgen_cli.engine.streaming import StreamedBlocks, at_home
-from bitgen_cli.engine.tensors import save_tensors, weights
+from bitgen_cli.engine.tensors import Unfilled, save_tensors, weights
 from bitgen_cli.engine.text import TextEncoder, load_text_encoder
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import Transformer
@@ -233,19 +233,29 @@ def load_model(
     config, sampling, fingerprints = read_model_config(folder)
     model = Model(folder, config, sampling, fingerprints, revisions=read_origin(folder).revisions)
     if "tokenizer" in parts:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model.tokenizer = Tokenizer(config.tokenizer)
         _fill(model.tokenizer, folder / TOKENIZER_FILE, device, dtype)
     if "transformer" in parts and (folder / TRANSFORMER_FILE).is_file():
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model.transformer = Transformer(config)
         homes = tuple(f"blocks.{index}." for index in waiting)
         _fill(model.transformer, folder / TRANSFORMER_FILE, device, dtype, homes)
         if waiting:
             model.transformer.in_turn = StreamedBlocks(list(model.transformer.each_block), waiting, device)
-    if "text_encoder" in parts:
-        model.text_encoder = _load_text_encoder(folder, config, device, dtype)
+    source = text_source(folder, config)
+    if "text_encoder" in parts and source is not None:
+        encoder = load_text_encoder(source, config.transformer.text_length, device, dtype)
+        model.text_encoder = encoder.requires_grad_(False)
     return model
+
+
+def text_source(folder: Path, config: ModelConfig) -> str | None:
+    """Where a model's text encoder is: its own folder, or what the configuration names; None while it has none."""
+    own = folder / TEXT_FOLDER
+    if own.is_dir():
+        return os.fspath(own)
+    return None if config.text_encoder.source == "new" else config.text_encoder.source
 
 
 def read_tensors(
@@ -314,15 +324,3 @@ def describe_text_encoder(folder: Path, config: PretrainedConfig) -> None:
     """
     values = {name: value for name, value in config.to_diff_dict().items() if name not in _INCIDENTAL}
     write_json(folder / "config.json", values)
-
-
-def _load_text_encoder(
-    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> TextEncoder | None:
-    length = config.transformer.text_length
-    own = folder / TEXT_FOLDER
-    if own.is_dir():
-        return load_text_encoder(os.fspath(own), length, device, dtype).requires_grad_(False)
-    if config.text_encoder.source == "new":
-        return None
-    return load_text_encoder(config.text_encoder.source, length, device, dtype).requires_grad_(False)

@@ -28,7 +28,7 @@ from bitgen_cli.engine.lora import product
 from bitgen_cli.engine.model_folder import Model, fingerprint
 from bitgen_cli.engine.parts import SubjectKind
 from bitgen_cli.engine.tensors import save_tensors
-from bitgen_cli.engine.text import TextEncoder
+from bitgen_cli.engine.vocabulary import PromptReader
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.files import atomic_path, data_folder, explain
 
@@ -99,6 +99,17 @@ class Subject:
     def sha256(self) -> str:
         """Of its file."""
         return fingerprint(self.file)
+
+    @cached_property
+    def changes_text_encoder(self) -> bool:
+        """Whether it changes weights of the text encoder, beyond its token's embedding.
+
+        Raises:
+            InputError: the file is gone or damaged.
+        """
+        with _reading(self.file), safe_open(str(self.file), framework="pt") as stored:
+            own = {name for name in stored.keys() if name.startswith(f"{PREFIX}text_encoder.")}  # noqa: SIM118
+        return not own <= {ROW, START}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything it changes, by name.
@@ -218,7 +229,7 @@ def _reading(file: Path) -> Iterator[None]:
 # -- tokens in prompts -------------------------------------------------------------------------------------------------
 
 
-def check_token(token: str, encoder: TextEncoder) -> None:
+def check_token(token: str, reader: PromptReader) -> None:
     """Refuses what cannot be a token of a subject.
 
     Raises:
@@ -226,7 +237,7 @@ def check_token(token: str, encoder: TextEncoder) -> None:
     """
     if not token or len(token) > LONGEST_TOKEN or any(c.isspace() or not c.isprintable() for c in token):
         raise UsageError(f"--token {token!r} cannot be a token", f"1 to {LONGEST_TOKEN} characters without white space")
-    if encoder.knows(token):
+    if reader.knows(token):
         raise UsageError(
             f"--token {token} is an ordinary word of the text encoder's vocabulary, whose meaning would be lost",
             "take one that means nothing, for example [V]",
@@ -249,13 +260,19 @@ def tokens_in(prompt: str, candidates: Iterable[str]) -> list[str]:
 
 
 def choose_subjects(
-    prompt: str, model: Model, known: Sequence[Subject], asked: Sequence[Worn], negative: str | None = None
+    prompt: str,
+    model: Model,
+    reader: PromptReader,
+    known: Sequence[Subject],
+    asked: Sequence[Worn],
+    negative: str | None = None,
 ) -> tuple[Worn, ...]:
     """The subjects a prompt is drawn with: those asked for, and those whose tokens stand in it or its negative prompt.
 
     Args:
         prompt: what is drawn.
-        model: the model it is drawn with.
+        model: the model it is drawn with; its weights are not needed.
+        reader: of its prompts, which knows no subject yet.
         known: subjects that may be found by their token.
         asked: subjects chosen by the user, which win over known ones of the same token.
         negative: what the picture is to keep away from.
@@ -274,11 +291,10 @@ def choose_subjects(
         if subject.token not in {worn.subject.token for worn in asked}:
             by_token.setdefault(subject.token, []).append(Worn(subject))
     chosen: list[Worn] = []
-    assert model.text_encoder is not None
     texts = [prompt] if negative is None else [prompt, negative]
     for token in dict.fromkeys(token for text in texts for token in tokens_in(text, by_token)):
         found = by_token.get(token, [])
-        if not found and model.text_encoder.knows(token):
+        if not found and reader.knows(token):
             continue  # a merged model has it in its vocabulary
         if not found:
             raise _unknown(token, known, own)
@@ -287,7 +303,7 @@ def choose_subjects(
             raise UsageError(f"{token} stands for several subjects: {names}", "choose one with --subject NAME")
         chosen += found
     for text in texts:
-        _require_read(text, [worn.subject.token for worn in chosen], model.text_encoder)
+        _require_read(text, [worn.subject.token for worn in chosen], reader)
     for worn in asked:
         require_base(worn.subject, model)
         if worn not in chosen:
@@ -305,7 +321,7 @@ def choose_subjects(
     return tuple(chosen)
 
 
-def _require_read(text: str, tokens: Sequence[str], encoder: TextEncoder) -> None:
+def _require_read(text: str, tokens: Sequence[str], reader: PromptReader) -> None:
     """Raises UsageError when a subject's token stands behind the part of a long text that the encoder reads."""
     for token in tokens:
         before, found, _ = text.partition(token)
@@ -313,9 +329,9 @@ def _require_read(text: str, tokens: Sequence[str], encoder: TextEncoder) -> Non
         for other in tokens:
             before = before.replace(other, " ")
         # the token itself and </s> come after them
-        if found and others + len(encoder.word_ids(before)) + 2 > encoder.max_length:
+        if found and others + len(reader.word_ids(before)) + 2 > reader.max_length:
             raise UsageError(
-                f"{token} stands behind the first {encoder.max_length} tokens of the prompt, which alone are read",
+                f"{token} stands behind the first {reader.max_length} tokens of the prompt, which alone are read",
                 "shorten what stands before it",
             )
 
@@ -366,7 +382,8 @@ class _Change:
 def wearing(model: Model, subjects: Sequence[Worn]) -> Iterator[None]:
     """Puts subjects onto the model's weights for the length of the block; afterwards they are as before, bit for bit.
 
-    Their tokens stay known to the text encoder.
+    Of a model whose text encoder or transformer is not loaded, the other one alone wears them. Their tokens stay known
+    to the text encoder.
 
     Raises:
         InputError: a file is damaged or of another geometry.
@@ -388,9 +405,10 @@ def wearing(model: Model, subjects: Sequence[Worn]) -> Iterator[None]:
 
 def _changes(model: Model, subjects: Sequence[Worn]) -> dict[str, _Change]:
     """Everything the subjects add, by the parameter's name; the encoder learns their tokens."""
-    assert model.text_encoder is not None
-    assert model.transformer is not None
-    parts: dict[str, nn.Module] = {"transformer": model.transformer, "text_encoder": model.text_encoder.model}
+    encoder = model.text_encoder
+    loaded = {"transformer": model.transformer, "text_encoder": None if encoder is None else encoder.model}
+    parts: dict[str, nn.Module] = {part: module for part, module in loaded.items() if module is not None}
+    elsewhere = tuple(f"{PREFIX}{part}." for part in loaded.keys() - parts.keys())
     parameters = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
     changes: dict[str, _Change] = {}
     for worn in subjects:
@@ -398,8 +416,9 @@ def _changes(model: Model, subjects: Sequence[Worn]) -> dict[str, _Change]:
         tensors = worn.subject.tensors()
         try:
             row, start = tensors.pop(ROW), tensors.pop(START)
-            if row.shape != (model.text_encoder.width,) or start.shape != row.shape:
+            if row.shape != (model.config.transformer.text_width,) or start.shape != row.shape:
                 raise ValueError("its token has another width")
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(elsewhere)}
             for name, added in _added(tensors, worn):
                 change = changes.setdefault(name, _Change(parameters[name]))
                 if added.shape != change.parameter.shape:
@@ -407,7 +426,8 @@ def _changes(model: Model, subjects: Sequence[Worn]) -> dict[str, _Change]:
                 change.added.append(added.to(change.parameter.device))
         except (KeyError, ValueError) as error:
             raise InputError(f"{worn.subject.file} does not fit {model.folder}: {error}") from error
-        model.text_encoder.learn(worn.subject.token, torch.lerp(start.float(), row.float(), worn.scale))
+        if encoder is not None:
+            encoder.learn(worn.subject.token, torch.lerp(start.float(), row.float(), worn.scale))
     return changes
 
 

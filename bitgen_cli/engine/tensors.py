@@ -1,4 +1,4 @@
-"""Writing safetensors files, so that a full disk is told like for any other file."""
+"""Writing safetensors files, so that a full disk is told like for any other file, and modules to read them into."""
 
 from __future__ import annotations
 
@@ -8,15 +8,31 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Of safetensors."""
+
+
+class Unfilled(TorchFunctionMode):
+    """Modules that are made in the block get no initial values: their weights are read from a file.
+
+    On the meta device there is nothing to fill, and trying to loads the whole of torch's compiler.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
 
 
 def save_tensors(

@@ -10,68 +10,71 @@ from __future__ import annotations
 
 import hashlib
 import re
-import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Vocabulary
 from torch import Tensor, nn
 
 from bitgen_cli.config import TextEncoderConfig
+from bitgen_cli.engine import hub
 from bitgen_cli.engine.transformer import TextFeatures
+from bitgen_cli.engine.vocabulary import (
+    END,
+    PAD,
+    SENTENCE_PIECE,
+    VOCABULARY_FILE,
+    PromptReader,
+    load_vocabulary,
+    new_vocabulary,
+)
 from bitgen_cli.errors import InputError
 from bitgen_cli.files import explain, sha256
+from bitgen_cli.report import Report, Silent
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-_VOCABULARIES = ("tokenizer.json", "spiece.model")
+_VOCABULARIES = (VOCABULARY_FILE, SENTENCE_PIECE)
 """Names of an encoder's files, the first that are there."""
-PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
-WORD_START = "\u2581"
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(nn.Module, PromptReader):
     """A T5 encoder with its vocabulary.
 
     Args:
         model: the encoder.
-        vocabulary: text to token ids; adds </s> itself.
-        max_length: longest prompt in tokens, </s> included; longer ones are cut.
+        vocabulary, max_length: as in PromptReader.
 
     Attributes:
         rows: embeddings (width,) float32 of learned tokens by their id as text; the embedding table is left as it is.
     """
 
     def __init__(self, model: T5EncoderModel, vocabulary: Vocabulary, max_length: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        PromptReader.__init__(self, vocabulary, max_length)
         self.model = model
-        self.vocabulary = vocabulary
-        self.max_length = max_length
         self.rows = nn.ParameterDict()
-        vocabulary.no_padding()
-        vocabulary.no_truncation()
 
     @property
     def width(self) -> int:
         """Channels of the features."""
         return int(self.model.config.d_model)
 
-    def tokenise(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each prompt, ending with </s>, cut to `max_length`."""
-        return [self._cut(encoding.ids) for encoding in self.vocabulary.encode_batch(list(prompts))]
-
-    def is_cut(self, prompt: str) -> bool:
-        """Whether the prompt is longer than the encoder takes."""
-        return len(self.vocabulary.encode(prompt).ids) > self.max_length
-
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Features of prompts, padded to the longest of them; gradients flow when they are on."""
         return self.encode_ids(self.tokenise(prompts))
+
+    def encode_alone(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Features (T, width) of each prompt, which hold no matter what it is encoded with: one is encoded at a time.
+
+        In a batch with longer ones it is padded, and sums round otherwise.
+        """
+        return [self.encode_ids([ids]).features[0] for ids in self.tokenise(prompts)]
 
     def encode_ids(self, ids: Sequence[Sequence[int]]) -> TextFeatures:
         """Features (B, T, width) of token ids from `tokenise`."""
@@ -83,19 +86,6 @@ class TextEncoder(nn.Module):
         mask = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
         features: Tensor = self.model(inputs_embeds=self._embed(padded), attention_mask=mask).last_hidden_state
         return TextFeatures(features, lengths)
-
-    def word_ids(self, text: str) -> list[int]:
-        """Ids of a text without </s>."""
-        return list(self.vocabulary.encode(text, add_special_tokens=False).ids)
-
-    def knows(self, token: str) -> bool:
-        """Whether the vocabulary has the token as one entry."""
-        ids = self.word_ids(token)
-        return len(ids) == 1 and ids[0] != self.vocabulary.token_to_id(UNKNOWN)
-
-    def has_no_word_for(self, text: str) -> bool:
-        """Whether all of a text is unknown to the vocabulary."""
-        return set(self.word_ids(text)) <= {self.vocabulary.token_to_id(piece) for piece in (UNKNOWN, WORD_START)}
 
     @torch.no_grad()
     def embedding_of(self, text: str) -> Tensor:
@@ -148,28 +138,6 @@ class TextEncoder(nn.Module):
             embedded = torch.where((ids == int(key))[..., None], row.to(embedded.dtype), embedded)
         return embedded
 
-    def _cut(self, ids: list[int]) -> list[int]:
-        return ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], ids[-1]]
-
-
-def new_vocabulary(captions: Iterable[str], size: int) -> Vocabulary:
-    """A subword vocabulary of at most `size` entries learned from captions: lower case, BPE, printable ASCII known."""
-    vocabulary = Vocabulary(models.BPE(unk_token=UNKNOWN))
-    vocabulary.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    vocabulary.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
-    vocabulary.decoder = decoders.Metaspace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[PAD, END, UNKNOWN],
-        initial_alphabet=[c for c in string.printable if c.isprintable() and not c.isupper()],
-        show_progress=False,
-    )
-    vocabulary.train_from_iterator(captions, trainer)
-    end = vocabulary.token_to_id(END)
-    vocabulary.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, end)])
-    return vocabulary
-
-
 def new_text_encoder(config: TextEncoderConfig, captions: Iterable[str], max_length: int, seed: int) -> TextEncoder:
     """An encoder of the configured geometry with fresh weights and a vocabulary learned from captions.
 
@@ -205,20 +173,31 @@ def new_text_encoder(config: TextEncoderConfig, captions: Iterable[str], max_len
     return TextEncoder(model, vocabulary, max_length)
 
 
-def load_text_encoder(source: str, max_length: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+def load_text_encoder(
+    source: str, max_length: int, device: torch.device, dtype: torch.dtype, report: Report | None = None
+) -> TextEncoder:
     """The encoder of a transformers folder or hub repository, in evaluation mode.
 
+    Args:
+        source: folder, or repository, which is fetched when it is not on this machine.
+        max_length: as in PromptReader.
+        device, dtype: where the weights go and as what.
+        report: gets bars for what is fetched.
+
     Raises:
-        InputError: it cannot be found, read, or is no T5.
+        InputError: it cannot be found, fetched, read, or is no T5.
+        ResourceError: no space left for what is fetched.
+        Interrupted: stopped by the user while it was fetched, which the next call goes on with.
     """
     from transformers import T5EncoderModel
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    folder = text_folder(source, report)
     try:
-        model = T5EncoderModel.from_pretrained(source, dtype=dtype, use_safetensors=Path(source).is_dir() or None)
-        vocabulary = _load_vocabulary(source)
+        model = T5EncoderModel.from_pretrained(folder, dtype=dtype, use_safetensors=Path(source).is_dir() or None)
+        vocabulary = load_vocabulary(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot load the text encoder {source}: {reason}") from error
@@ -226,46 +205,26 @@ def load_text_encoder(source: str, max_length: int, device: torch.device, dtype:
     return encoder.eval()
 
 
-def find_vocabulary(source: str) -> Vocabulary | None:
-    """The vocabulary of a transformers folder, or of a hub repository that was fetched before; None if there is none.
+def text_folder(source: str, report: Report | None = None) -> Path:
+    """Where a text encoder's files are: the folder itself, or that of a hub repository, fetched when it is not here.
 
-    Nothing is loaded but the vocabulary, and nothing is fetched.
+    Args:
+        source: transformers folder or hub repository.
+        report: gets bars for what is fetched.
 
     Raises:
-        InputError: it is broken.
+        InputError: the hub cannot give it.
+        ResourceError: no space left.
+        Interrupted: stopped by the user; what was fetched stays.
     """
-    file = Path(source) / "tokenizer.json"
-    if not file.is_file():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            cached = try_to_load_from_cache(source, "tokenizer.json")
-        except HFValidationError:
-            return None
-        if not isinstance(cached, str):
-            return None
-        file = Path(cached)
-    vocabulary = _read_vocabulary(file)
-    vocabulary.no_padding()
-    vocabulary.no_truncation()
-    return vocabulary
-
-
-def _read_vocabulary(file: Path) -> Vocabulary:
-    try:
-        return Vocabulary.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception for files it cannot parse
-        raise InputError(f"{file} is not a tokenizer file: {error}") from error
-
-
-def _load_vocabulary(source: str) -> Vocabulary:
-    file = Path(source) / "tokenizer.json"
-    if file.is_file():
-        return _read_vocabulary(file)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source).backend_tokenizer
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise InputError(
+            f"cannot load the text encoder {source}: no such folder",
+            "give a folder of transformers, or a repository OWNER/NAME",
+        )
+    return hub.provided(source, hub.any_text_encoder_files, report or Silent()).path("")
 
 
 def encoder_fingerprint(source: str) -> str | None:

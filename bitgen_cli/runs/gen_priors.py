@@ -24,18 +24,22 @@ from typing import Annotated, Any, Literal
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
 
 from bitgen_cli.config import SamplingConfig, SubjectTraining
 from bitgen_cli.engine.captions import captions_beside
 from bitgen_cli.engine.data import SUFFIXES, picture_size, to_pil, to_uint8
 from bitgen_cli.engine.device import keep_freed_memory, pick_device
-from bitgen_cli.engine.model_folder import BUILT_IN, Model, fingerprint, load_model, read_model_config
+from bitgen_cli.engine.model_folder import BUILT_IN, TRANSFORMER_FILE, Model, fingerprint, load_model, read_model_config
 from bitgen_cli.engine.sampling import draw_bits, plan
 from bitgen_cli.engine.scales import Schedule, nearest_ratio, schedule
+from bitgen_cli.engine.text_precision import pick_text_precision
+from bitgen_cli.engine.transformer import TextFeatures
 from bitgen_cli.errors import InputError, Interrupted, UsageError
 from bitgen_cli.files import PARTIAL, data_folder, explain, read_json, write_json
 from bitgen_cli.report import Report, Task
 from bitgen_cli.runs.models import provide_model
+from bitgen_cli.runs.prompts import Prompt, find_text_model, tell_cut, text_features
 from bitgen_cli.runs.recipes import subject_recipe
 from bitgen_cli.runs.sample import (
     BATCH,
@@ -149,6 +153,7 @@ class PriorOptions:
         sampling: settings; None takes the model's own.
         overrides: sampling.KEY=VALUE, on top of them.
         device, dtype: as in engine.device.
+        text_cache: as in sample.SampleOptions.
     """
 
     class_word: str
@@ -163,6 +168,7 @@ class PriorOptions:
     overrides: tuple[str, ...] = ()
     device: str = "auto"
     dtype: str = "auto"
+    text_cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -235,8 +241,7 @@ def gen_priors(options: PriorOptions, report: Report, model: Model | None = None
     reused = len(known.pictures) - len(bad)
     _tell(place, report, reused=reused, own=len(own), bad=bad, done=not due)
     if due:
-        artist = _Artist(_loaded(options, model), _name(options, base), known.sampling, scales)
-        _tell_cut(due, artist.model, report)
+        artist = _artist(options, base, known.sampling, scales, [one.prompt for one in due], report)
         known = _make(place, known, due, artist, options, report, before=reused + len(own))
     return PriorResult(
         folder=place,
@@ -528,10 +533,11 @@ def _tell(place: Path, report: Report, *, reused: int, own: int, bad: Mapping[st
 
 @dataclass(frozen=True)
 class _Artist:
-    """A loaded model, what recipes call it, and how it draws."""
+    """A loaded model, what recipes call it, the text features (T, width) of its prompts, and how it draws."""
 
     model: Model
     name: str
+    features: Mapping[str, Tensor]
     sampling: SamplingConfig
     scales: Schedule
 
@@ -542,20 +548,21 @@ class _Artist:
         The bits are predicted together and decoded one by one: a decoder rounds otherwise in a batch of another size,
         and that shows in the pixels, while it decides no bit.
         """
-        assert self.model.transformer is not None
-        assert self.model.text_encoder is not None
-        assert self.model.tokenizer is not None
+        transformer, tokenizer = self.model.transformer, self.model.tokenizer
+        assert transformer is not None
+        assert tokenizer is not None
+        rows = [self.features[prompt].to(transformer.device, transformer.dtype) for prompt in prompts]
         scales = len(self.scales)
         drawn = draw_bits(
-            self.model.transformer,
-            self.model.text_encoder.encode(prompts),
+            transformer,
+            TextFeatures.from_rows(rows),
             self.scales,
             plan(self.sampling, scales),
             seeds,
             on_scale=lambda scale: task.status(f"scale {scale + 1} of {scales}"),
         )
-        total = drawn.total.to(next(self.model.tokenizer.parameters()).dtype)
-        images = [self.model.tokenizer.decode(one) for one in torch.split(total, 1)]
+        total = drawn.total.to(next(tokenizer.parameters()).dtype)
+        images = [tokenizer.decode(one) for one in torch.split(total, 1)]
         return [to_pil(to_uint8(image[0])) for image in images]
 
     def recipe(self, prompt: str, seed: int, image: Image.Image) -> dict[str, Any]:
@@ -572,19 +579,41 @@ class _Artist:
         }
 
 
-def _loaded(options: PriorOptions, model: Model | None) -> Model:
-    """The model with its weights.
+def _artist(
+    options: PriorOptions,
+    base: Model,
+    sampling: SamplingConfig,
+    scales: Schedule,
+    prompts: Sequence[str],
+    report: Report,
+) -> _Artist:
+    """A model that is ready to draw these prompts; says which of them are too long.
+
+    Args:
+        base: with its weights where they are loaded already.
 
     Raises:
         InputError: it has no transformer or text encoder.
     """
-    if model is None:
+    prompts, name = list(dict.fromkeys(prompts)), _name(options, base)
+    if base.tokenizer is None and (base.folder / TRANSFORMER_FILE).is_file():
         keep_freed_memory()
-        device, folder = pick_device(options.device), provide_model(options.model)
-        model = load_model(folder, device=device, dtype=drawing_dtype(options.dtype, folder, device))
-    if model.transformer is None or model.text_encoder is None or model.tokenizer is None:
+        device = pick_device(options.device)
+        dtype = drawing_dtype(options.dtype, base.folder, device)
+        text, precision = find_text_model(base, report), pick_text_precision("auto", dtype, device)
+        tell_cut(prompts, text.reader, report)
+        rows = text_features(
+            text, [Prompt(prompt) for prompt in prompts], precision, device, report, cached=options.text_cache
+        )
+        model = load_model(base.folder, device=device, dtype=dtype, parts=("tokenizer", "transformer"))
+    elif base.transformer is None or base.text_encoder is None or base.tokenizer is None:
         raise InputError(f"the model {options.model} has no transformer and text encoder yet", "bitgen train makes one")
-    return model
+    else:
+        model = base
+        tell_cut(prompts, base.text_encoder, report)
+        with torch.inference_mode():
+            rows = base.text_encoder.encode_alone(prompts)
+    return _Artist(model, name, dict(zip(prompts, rows, strict=True)), sampling, scales)
 
 
 @dataclass(frozen=True)
@@ -616,14 +645,6 @@ def _free_name(place: Path, known: Manifest, number: int) -> str:
         copy += 1
         name = f"{number:04d}-{copy}.png"
     return name
-
-
-def _tell_cut(due: Sequence[_Due], model: Model, report: Report) -> None:
-    assert model.text_encoder is not None
-    for prompt in dict.fromkeys(one.prompt for one in due):
-        if model.text_encoder.is_cut(prompt):
-            limit = model.text_encoder.max_length
-            report.notice(f"only the first {limit} tokens are read of the long prompt {prompt[:60]!r}...")
 
 
 def _make(

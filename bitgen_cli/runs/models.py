@@ -10,9 +10,10 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bitgen_cli.config import Config, ModelConfig
 from bitgen_cli.engine import hub
@@ -34,7 +35,7 @@ from bitgen_cli.engine.model_folder import (
 )
 from bitgen_cli.engine.weight_files import SUFFIXES, TOKENIZER, TRANSFORMER, PartWeights, read_weight_file
 from bitgen_cli.errors import InputError, Interrupted, ResourceError, UsageError
-from bitgen_cli.files import PARTIAL, data_folder, only_writer
+from bitgen_cli.files import PARTIAL, data_folder, share_folder, taking_turns
 from bitgen_cli.presets import resolve
 from bitgen_cli.report import Report, Silent, Task
 from bitgen_cli.runs.local_files import AVERAGED, find_files, is_published_layout, model_of
@@ -100,7 +101,10 @@ def _published(name: str, revision: str, parts: Sequence[str], report: Report) -
     with _one_at_a_time(folder, report):
         config = resolve(entry.preset, overrides=entry.overrides, environment={}).config
         known = read_origin(folder)
-        sources = {part: _of_hub(part, entry, config.model, revision, known) for part in _lacking(folder, parts)}
+        sources = {
+            part: _shared(part, folder, config.model, known) or _of_hub(part, entry, config.model, revision, known)
+            for part in _lacking(folder, parts)
+        }
         _make(name, folder, config, sources, known, report)
     return folder
 
@@ -129,6 +133,28 @@ def _of_hub(part: str, entry: Published | None, model: ModelConfig, revision: st
     return _Source(part, repository if part == TEXT_ENCODER else f"{repository}/{file}", snapshot)
 
 
+def _shared(part: str, folder: Path, model: ModelConfig, known: Origin) -> _Source | None:
+    """The same text encoder in the folder of another model, whole as it was made; None where there is none.
+
+    Args:
+        part: which; all but text encoders are a model's own.
+        folder: of the model that is made.
+        model: names the text encoder.
+        known: what is kept of the model already.
+    """
+    repository = model.text_encoder.source
+    for other in sorted(folder.parent.glob("*")) if part == TEXT_ENCODER else ():
+        with suppress(InputError, OSError):
+            origin, (theirs, _, prints) = read_origin(other), read_model_config(other)
+            commit = origin.revisions.get(repository)
+            if other == folder or commit is None or commit != known.revisions.get(repository, commit):
+                continue
+            same = theirs.transformer.text_width == model.transformer.text_width and part in origin.reports
+            if same and prints.get(part) == fingerprint(other / TEXT_FOLDER):
+                return _Source(part, repository, twin=_Twin(other, commit, origin.reports[part]))
+    return None
+
+
 # -- files of the user's own -------------------------------------------------------------------------------------------
 
 
@@ -154,7 +180,8 @@ def _of_files(path: Path, averaged: bool, parts: Sequence[str], report: Report) 
             else:
                 if part == TEXT_ENCODER:
                     _require_published_width(path, config.model)
-                sources[part] = _of_hub(part, entry, config.model, REVISION, known)
+                shared = _shared(part, folder, config.model, known)
+                sources[part] = shared or _of_hub(part, entry, config.model, REVISION, known)
         _make(str(path), folder, config, sources, known, report)
     return folder
 
@@ -187,13 +214,28 @@ def _stamp(file: Path) -> list[int]:
 
 
 @dataclass(frozen=True)
+class _Twin:
+    """A text encoder in the folder of another model.
+
+    Attributes:
+        folder: of that model.
+        commit: of the repository it was made from.
+        report: what became of every key then.
+    """
+
+    folder: Path
+    commit: str
+    report: Any
+
+
+@dataclass(frozen=True)
 class _Source:
-    """Where a part comes from: a snapshot of the hub, or weights or a text encoder of the user's own.
+    """Where a part comes from: a snapshot of the hub, weights or a text encoder of the user's own, or another model.
 
     Attributes:
         part: which.
-        name: for people.
-        snapshot, weights, text_encoder: one of them.
+        name: for people; of what another model has, the repository.
+        snapshot, weights, text_encoder, twin: one of them.
     """
 
     part: str
@@ -201,6 +243,7 @@ class _Source:
     snapshot: hub.Snapshot | None = None
     weights: PartWeights | None = None
     text_encoder: Path | None = None
+    twin: _Twin | None = None
 
     def convert(self, model: ModelConfig, target: Path, advance: Callable[[int], None]) -> PartReport:
         """Writes the part into a model folder."""
@@ -229,14 +272,23 @@ def _make(
     """Adds parts to a model folder, each whole or not at all."""
     sizes = _converted_bytes(config.model)
     snapshots = {part: source.snapshot for part, source in sources.items() if source.snapshot is not None}
-    _require_disk(name, folder, {part: sizes[part] for part in sources}, list(snapshots.values()))
+    own = {part: sizes[part] for part, source in sources.items() if source.twin is None}
+    _require_disk(name, folder, own, list(snapshots.values()))
     # kept before the first byte, so that all parts are of one commit whatever happens
     commits = {snapshot.repository: snapshot.commit for snapshot in snapshots.values()}
+    commits |= {source.name: source.twin.commit for source in sources.values() if source.twin is not None}
     origin = replace(known, revisions={**known.revisions, **commits})
     write_origin(folder, origin)
     for part, source in sources.items():
+        if source.twin is not None:
+            share_folder(source.twin.folder / TEXT_FOLDER, folder / TEXT_FOLDER)
+            origin = _add(part, source.twin.report, folder, config, origin)
+            report.notice(f"{name} shares the text encoder of {source.twin.folder.name}")
+            continue
         if source.snapshot is not None:
             hub.fetch(source.snapshot, report)
+            if part == TEXT_ENCODER:
+                hub.remember(source.snapshot)  # trainings and stores find it too
         with report.task(f"converting the {part.replace('_', ' ')} (MB)", round(sizes[part] / hub.MEGABYTE, 1)) as task:
             try:
                 found = source.convert(config.model, folder / PLACES[part], _Megabytes(task))
@@ -245,11 +297,7 @@ def _make(
                     f"stopped by Ctrl-C while converting {source.name}",
                     "what was fetched stays; the same command goes on",
                 ) from error
-        origin = replace(origin, reports={**origin.reports, part: found.to_json()})
-        write_origin(folder, origin)
-        prints = read_model_config(folder)[2] if (folder / "config.json").is_file() else {}
-        prints[part] = fingerprint(folder / PLACES[part])
-        describe_model(folder, config.model, config.sampling, prints)
+        origin = _add(part, found.to_json(), folder, config, origin)
         report.notice(found.summary())
     if snapshots:
         kept = sum(sum(snapshot.files.values()) for snapshot in snapshots.values())
@@ -257,6 +305,16 @@ def _make(
             f"{name} is in {folder}; the {amount(kept)} it was made of are not needed any more, "
             f"and lie in {hub.cache_folder()}"
         )
+
+
+def _add(part: str, found: Any, folder: Path, config: Config, origin: Origin) -> Origin:
+    """Lists a part that is made in its model folder, and returns where the model comes from now."""
+    origin = replace(origin, reports={**origin.reports, part: found})
+    write_origin(folder, origin)
+    prints = read_model_config(folder)[2] if (folder / "config.json").is_file() else {}
+    prints[part] = fingerprint(folder / PLACES[part])
+    describe_model(folder, config.model, config.sampling, prints)
+    return origin
 
 
 class _Megabytes:
@@ -279,12 +337,7 @@ def _lacking(folder: Path, parts: Sequence[str]) -> list[str]:
 @contextmanager
 def _one_at_a_time(folder: Path, report: Report) -> Iterator[None]:
     """Keeps other processes from making models, and deletes what a killed one has left of this."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(only_writer(folder.parent))
-        except InputError:
-            report.notice("another process makes a model: waiting for it")
-            held.enter_context(only_writer(folder.parent, wait=True))
+    with taking_turns(folder.parent, lambda: report.notice("another process makes a model: waiting for it")):
         for left in [*folder.parent.glob(f".{folder.name}.*{PARTIAL}"), *folder.glob(f".*{PARTIAL}")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield

@@ -15,30 +15,32 @@ from typing import Any
 
 import torch
 from PIL import Image, PngImagePlugin
+from torch import Tensor
 
 from bitgen_cli import __version__
 from bitgen_cli.config import SamplingConfig
 from bitgen_cli.engine.active_bits import bits_in_use
 from bitgen_cli.engine.data import grid, to_pil, to_tensor, to_uint8
 from bitgen_cli.engine.device import DTYPES, keep_freed_memory, pick_device, pick_dtype
-from bitgen_cli.engine.model_folder import Model, load_model, read_model_config
+from bitgen_cli.engine.model_folder import TRANSFORMER_FILE, Model, load_model, read_model_config
 from bitgen_cli.engine.sampling import generate, plan
 from bitgen_cli.engine.scales import Schedule, buckets, ratios, schedule
 from bitgen_cli.engine.subject import Subject, Worn, choose_subjects, find_subject, known_subjects, wearing
-from bitgen_cli.engine.text import TextEncoder
-from bitgen_cli.engine.tokenizer import Tokenizer
-from bitgen_cli.engine.transformer import Transformer
+from bitgen_cli.engine.text_precision import TextPrecision, pick_text_precision
+from bitgen_cli.engine.transformer import TextFeatures
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.files import atomic_path, explain
 from bitgen_cli.presets import resolve_stored
 from bitgen_cli.report import Report, Task
 from bitgen_cli.runs.inspect_config import RECIPE
 from bitgen_cli.runs.models import provide_model
+from bitgen_cli.runs.prompts import Prompt, TextModel, find_text_model, tell_cut, text_features
 
 BATCH = 8
 """Pictures drawn at once when nothing else is asked for."""
 SMALL_WIDTH = 512
 """Transformers narrower than this are drawn in fp32 on a CPU: bf16 saves them nothing."""
+_SHORT = {dtype: name for name, dtype in DTYPES.items()}
 LINE_KEYS: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
     "negative_prompt": str,
@@ -81,6 +83,8 @@ class SampleOptions:
         grid: also writes all pictures as one.
         metadata: whether pictures carry their recipe.
         device, dtype: as in engine.device.
+        text_dtype: of the text encoder, as in engine.text_precision.
+        text_cache: whether text features are kept on disk, and taken from there.
         overrides: sampling.KEY=VALUE.
     """
 
@@ -107,6 +111,8 @@ class SampleOptions:
     metadata: bool = True
     device: str = "auto"
     dtype: str = "auto"
+    text_dtype: str = "auto"
+    text_cache: bool = True
     overrides: tuple[str, ...] = ()
 
 
@@ -167,15 +173,24 @@ class _Job:
         return self.sampling.model_dump_json(), self.schedule, self.bits, self.negative is None, worn
 
 
-@dataclass
-class _Parts:
-    """A model with everything that drawing needs."""
+@dataclass(frozen=True)
+class _Setting:
+    """What pictures are drawn with.
+
+    Attributes:
+        name: of the model, for recipes.
+        model: its configuration; weights are loaded when they are needed.
+        text: its text encoder.
+        precision: number types of the text encoder.
+        dtype, device: of everything else.
+        known: subjects that are found by their tokens.
+        taken: names of pictures that were written.
+    """
 
     name: str
     model: Model
-    tokenizer: Tokenizer
-    transformer: Transformer
-    text_encoder: TextEncoder
+    text: TextModel
+    precision: TextPrecision
     dtype: torch.dtype
     device: torch.device
     known: Sequence[Subject]
@@ -199,28 +214,27 @@ def sample(options: SampleOptions, report: Report) -> SampleResult:
         raise UsageError("no prompt", 'for example: bitgen sample "a red dog on the moon"')
     if not all(request.prompts[0].strip() for request in requests):
         raise UsageError("the prompt is empty", "say what to draw")
-    parts = _load(options, report)
-    jobs = [job for request in requests for job in _jobs(request, parts)]
+    setting = _setting(options, report)
+    jobs = [job for request in requests for job in _jobs(request, setting)]
     _tell_subjects(jobs, report)
     if options.output is not None:
         _check_output(options.output, len(jobs))
-    for prompt in dict.fromkeys(job.prompt for job in jobs):
-        if parts.text_encoder.is_cut(prompt):
-            limit = parts.text_encoder.max_length
-            report.notice(f"only the first {limit} tokens are read of the long prompt {prompt[:60]!r}...")
+    tell_cut((job.prompt for job in jobs), setting.text.reader, report)
+    features = _features(jobs, setting, options, report)
+    setting = replace(setting, model=_load(setting))
     started = time.perf_counter()
     pictures: dict[int, SampledPicture] = {}
     images: dict[int, Image.Image] = {}
     with report.task("drawing", len(jobs)) as task:
         for batch in _batches(jobs, options.batch_size or BATCH):
-            drawn = _draw([jobs[i] for i in batch], parts, task)
+            drawn = _draw([jobs[i] for i in batch], [features[i] for i in batch], setting, task)
             for index, image in zip(batch, drawn, strict=True):
-                pictures[index] = _write(image, jobs[index], index, options, parts)
+                pictures[index] = _write(image, jobs[index], index, options, setting)
                 if options.grid:
                     images[index] = image
                 task.advance()
     ordered = [pictures[i] for i in range(len(jobs))]
-    sheet = _write_grid([images[i] for i in range(len(jobs))], options, parts) if options.grid else None
+    sheet = _write_grid([images[i] for i in range(len(jobs))], options, setting) if options.grid else None
     return SampleResult(ordered, sheet, time.perf_counter() - started)
 
 
@@ -276,19 +290,21 @@ def _from_json(options: SampleOptions, line: str, where: str) -> SampleOptions:
     return replace(options, prompts=(row["prompt"],), **changed)
 
 
-def _jobs(options: SampleOptions, parts: _Parts) -> list[_Job]:
+def _jobs(options: SampleOptions, setting: _Setting) -> list[_Job]:
     prompt = options.prompts[0].strip()
-    sampling = chosen_sampling(options, parts.model)
-    scales = _schedule(options, parts.model)
+    sampling = chosen_sampling(options, setting.model)
+    scales = _schedule(options, setting.model)
     plan(sampling, len(scales))  # a list of another length is refused before anything is drawn
-    depth = parts.model.config.transformer.depth
+    depth = setting.model.config.transformer.depth
     layers = [sampling.cfg_layer] if isinstance(sampling.cfg_layer, int) else sampling.cfg_layer
     if max(layers) > depth:
         raise UsageError(f"cfg_layer {max(layers)} is more than the model's {depth} blocks")
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
     asked = [_worn(text) for text in options.subjects]
-    subjects = choose_subjects(prompt, parts.model, parts.known, asked, options.negative_prompt)
-    bits = bits_in_use(parts.model.config.tokenizer, options.bits)
+    subjects = choose_subjects(
+        prompt, setting.model, setting.text.reader, setting.known, asked, options.negative_prompt
+    )
+    bits = bits_in_use(setting.model.config.tokenizer, options.bits)
     job = _Job(
         prompt, options.negative_prompt, seed, sampling, scales, options.resolution, bits, options.output, subjects
     )
@@ -374,17 +390,50 @@ def _schedule(options: SampleOptions, model: Model) -> Schedule:
 # -- drawing -----------------------------------------------------------------------------------------------------
 
 
-def _load(options: SampleOptions, report: Report) -> _Parts:
+def _setting(options: SampleOptions, report: Report) -> _Setting:
+    """The model without its weights, and how to compute.
+
+    Raises:
+        UsageError, ResourceError: a device or number type that is none, or that this machine has not.
+        InputError: no such model, or one that cannot draw.
+    """
     device = pick_device(options.device)
     folder = provide_model(options.model, report)
     dtype = drawing_dtype(options.dtype, folder, device)
-    model = load_model(folder, device=device, dtype=dtype)
-    if model.transformer is None or model.tokenizer is None or model.text_encoder is None:
-        missing = "transformer" if model.transformer is None else "text encoder"
-        raise InputError(f"the model {folder} has no {missing} yet", "bitgen train makes one")
+    precision = pick_text_precision(options.text_dtype, dtype, device)
+    model = load_model(folder, parts=())
+    if not (folder / TRANSFORMER_FILE).is_file():
+        raise InputError(f"the model {folder} has no transformer yet", "bitgen train makes one")
     name = options.model if options.model == "demo" else parts_name(folder)
-    known = known_subjects()
-    return _Parts(name, model, model.tokenizer, model.transformer, model.text_encoder, dtype, device, known)
+    return _Setting(name, model, find_text_model(model, report), precision, dtype, device, known_subjects())
+
+
+@dataclass(frozen=True)
+class _Features:
+    """Text features (T, width) of a picture's prompt, and of its negative one."""
+
+    prompt: Tensor
+    negative: Tensor | None
+
+
+def _features(jobs: Sequence[_Job], setting: _Setting, options: SampleOptions, report: Report) -> list[_Features]:
+    """The text features of every picture, on the CPU; the text encoder is gone when they are there."""
+    prompts = [Prompt(job.prompt, job.subjects) for job in jobs]
+    negatives = [Prompt(job.negative, job.subjects) for job in jobs if job.negative is not None]
+    found = text_features(
+        setting.text, prompts + negatives, setting.precision, setting.device, report, cached=options.text_cache
+    )
+    rest = iter(found[len(jobs) :])
+    return [
+        _Features(own, None if job.negative is None else next(rest)) for job, own in zip(jobs, found, strict=False)
+    ]
+
+
+def _load(setting: _Setting) -> Model:
+    """The model with the weights that drawing takes."""
+    return load_model(
+        setting.model.folder, device=setting.device, dtype=setting.dtype, parts=("tokenizer", "transformer")
+    )
 
 
 def drawing_dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:
@@ -405,20 +454,22 @@ def _batches(jobs: Sequence[_Job], size: int) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()
-def _draw(jobs: Sequence[_Job], parts: _Parts, task: Task) -> list[Image.Image]:
+def _draw(jobs: Sequence[_Job], features: Sequence[_Features], setting: _Setting, task: Task) -> list[Image.Image]:
     """The pictures of one batch, in its order."""
-    first = jobs[0]
-    negatives = [job.negative for job in jobs if job.negative is not None]
-    with wearing(parts.model, first.subjects):
+    first, model = jobs[0], setting.model
+    assert model.transformer is not None
+    assert model.tokenizer is not None
+    negatives = [own.negative.to(setting.device, setting.dtype) for own in features if own.negative is not None]
+    with wearing(model, first.subjects):
         images, _ = generate(
-            parts.transformer,
-            parts.tokenizer,
-            parts.text_encoder.encode([job.prompt for job in jobs]),
+            model.transformer,
+            model.tokenizer,
+            TextFeatures.from_rows([own.prompt.to(setting.device, setting.dtype) for own in features]),
             first.schedule,
             plan(first.sampling, len(first.schedule)),
             [job.seed for job in jobs],
             bits=first.bits,
-            negative=parts.text_encoder.encode(negatives) if negatives else None,
+            negative=TextFeatures.from_rows(negatives) if negatives else None,
             on_scale=lambda scale: task.status(f"scale {scale + 1} of {len(first.schedule)}"),
         )
     return [to_pil(image) for image in to_uint8(images)]
@@ -427,10 +478,11 @@ def _draw(jobs: Sequence[_Job], parts: _Parts, task: Task) -> list[Image.Image]:
 # -- writing -----------------------------------------------------------------------------------------------------
 
 
-def _recipe(job: _Job, image: Image.Image, parts: _Parts) -> dict[str, Any]:
+def _recipe(job: _Job, image: Image.Image, setting: _Setting) -> dict[str, Any]:
     """Everything the picture can be drawn again from."""
     return {
-        **base_recipe(job.prompt, job.negative, job.seed, parts.name, parts.model),
+        **base_recipe(job.prompt, job.negative, job.seed, setting.name, setting.model),
+        **({"text_dtype": text} if (text := setting.precision.name) != _SHORT[setting.dtype] else {}),
         "subjects": [
             {"name": worn.subject.name, "token": worn.subject.token, "scale": worn.scale, "sha256": worn.subject.sha256}
             for worn in job.subjects
@@ -447,7 +499,6 @@ def _recipe(job: _Job, image: Image.Image, parts: _Parts) -> dict[str, Any]:
 def base_recipe(prompt: str, negative: str | None, seed: int, name: str, model: Model) -> dict[str, Any]:
     """The part of a recipe that says what was drawn, by which model, computed how."""
     assert model.transformer is not None
-    dtypes = {dtype: short for short, dtype in DTYPES.items()}
     return {
         "bitgen": __version__,
         "prompt": prompt,
@@ -456,7 +507,7 @@ def base_recipe(prompt: str, negative: str | None, seed: int, name: str, model: 
         "model": name,
         "fingerprints": model.fingerprints,
         **({"revisions": dict(model.revisions)} if model.revisions else {}),
-        "dtype": dtypes[model.transformer.dtype],
+        "dtype": _SHORT[model.transformer.dtype],
         "device": model.transformer.device.type,
     }
 
@@ -475,9 +526,9 @@ def _parameters(recipe: Mapping[str, Any]) -> str:
     )
 
 
-def _write(image: Image.Image, job: _Job, index: int, options: SampleOptions, parts: _Parts) -> SampledPicture:
-    recipe = _recipe(job, image, parts)
-    path = _path(job, index, parts)
+def _write(image: Image.Image, job: _Job, index: int, options: SampleOptions, setting: _Setting) -> SampledPicture:
+    recipe = _recipe(job, image, setting)
+    path = _path(job, index, setting)
     write_picture(path, image, recipe if options.metadata else None)
     return SampledPicture(path, job.prompt, job.seed, recipe)
 
@@ -498,14 +549,14 @@ def write_picture(path: Path, image: Image.Image, recipe: Mapping[str, Any] | No
         image.save(temporary, format="PNG", pnginfo=info)
 
 
-def _write_grid(images: list[Image.Image], options: SampleOptions, parts: _Parts) -> Path:
+def _write_grid(images: list[Image.Image], options: SampleOptions, setting: _Setting) -> Path:
     if len({image.size for image in images}) > 1:
         raise UsageError("--grid needs pictures of one size", "draw the others in another call")
     columns = min(len(images), max(1, round(len(images) ** 0.5)) if len(images) > 8 else len(images))
     stacked = torch.stack([to_tensor(image, (image.height, image.width)) for image in images])
     place = Path(options.output or ".")
     folder = place if _is_folder(options.output) else place.parent
-    path = _free(folder / "grid.png", parts.taken)
+    path = _free(folder / "grid.png", setting.taken)
     with atomic_path(path) as temporary:
         grid(stacked, columns).save(temporary, format="PNG")
     return path
@@ -533,15 +584,16 @@ def _is_folder(output: str | None) -> bool:
     return output is None or output.endswith(("/", "\\")) or Path(output).is_dir() or not Path(output).suffix
 
 
-def _path(job: _Job, index: int, parts: _Parts) -> Path:
+def _path(job: _Job, index: int, setting: _Setting) -> Path:
     """Where a picture goes: a named file is replaced, every other name is a free one."""
     output = job.output
     if output is not None and not _is_folder(output):
         if not any(name is not None for _, name, _, _ in _fields(output)):
             return Path(output)
-        values = {"prompt": slug(job.prompt), "seed": str(job.seed), "index": f"{index:04d}", "model": slug(parts.name)}
-        return _free(Path(string.Formatter().vformat(output, (), values)), parts.taken)
-    return _free(Path(output or ".") / f"{slug(job.prompt)}-{job.seed}.png", parts.taken)
+        prompt, model = slug(job.prompt), slug(setting.name)
+        values = {"prompt": prompt, "seed": str(job.seed), "index": f"{index:04d}", "model": model}
+        return _free(Path(string.Formatter().vformat(output, (), values)), setting.taken)
+    return _free(Path(output or ".") / f"{slug(job.prompt)}-{job.seed}.png", setting.taken)
 
 
 def _free(path: Path, taken: set[Path]) -> Path:

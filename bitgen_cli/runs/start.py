@@ -189,7 +189,7 @@ def text_encoder_for(
     if tokens.text is not None:
         report.notice(f"the text features of {tokens.name} were not made by {text.source} and are not used")
     if text.source != "new":
-        return load_text_encoder(text.source, length, _CPU, torch.float32)
+        return load_text_encoder(text.source, length, _CPU, torch.float32, report)
     if folder is not None:
         return load_text_encoder(str(folder / TEXT_FOLDER), length, _CPU, torch.float32)
     captions = [caption for several in tokens.captions for caption in several]

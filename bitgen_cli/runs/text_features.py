@@ -10,17 +10,23 @@ from bitgen_cli.config import ModelConfig
 from bitgen_cli.engine.store_format import StoredText, read_rows
 from bitgen_cli.engine.store_text import write_shard_text
 from bitgen_cli.engine.store_writer import StoreWriter
-from bitgen_cli.engine.text import encoder_fingerprint, load_text_encoder
+from bitgen_cli.engine.text import encoder_fingerprint, load_text_encoder, text_folder
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Report
 
 
-def find_text(config: ModelConfig) -> StoredText:
+def find_text(config: ModelConfig, report: Report) -> StoredText:
     """What the text features of a model's captions are made by. An encoder that is not here yet is fetched.
+
+    Args:
+        config: names the text encoder.
+        report: gets bars for what is fetched.
 
     Raises:
         UsageError: the text encoder is trained with the model.
-        InputError: it cannot be loaded.
+        InputError: there is none, or the hub cannot give it.
+        ResourceError: no space left for what is fetched.
+        Interrupted: stopped by the user while it was fetched.
     """
     source, length = config.text_encoder.source, config.transformer.text_length
     if source == "new":
@@ -28,10 +34,8 @@ def find_text(config: ModelConfig) -> StoredText:
             "this model trains its own text encoder (text_encoder.source: new), whose features change while it learns",
             "leave --text-features out",
         )
+    text_folder(source, report)
     found = encoder_fingerprint(source)
-    if found is None:
-        load_text_encoder(source, length, torch.device("cpu"), torch.float32)
-        found = encoder_fingerprint(source)
     if found is None:
         raise InputError(f"the text encoder {source} has no weights of its own", "give a folder or a hub repository")
     return StoredText(encoder=found, width=config.transformer.text_width, length=length)
@@ -74,7 +78,7 @@ def add_text_features(
     lacking = [number for number, shard in enumerate(writer.manifest.shards) if shard.text is None]
     if not lacking:
         return
-    encoder = load_text_encoder(config.text_encoder.source, text.length, device, torch.float32)
+    encoder = load_text_encoder(config.text_encoder.source, text.length, device, torch.float32, report)
     if encoder.width != text.width:
         raise InputError(
             f"the text encoder {config.text_encoder.source} has {encoder.width} channels, the model takes {text.width}",

@@ -23,7 +23,7 @@ from bitgen_cli.engine.store import TokenStore
 from bitgen_cli.engine.store_format import Manifest, StoredPart, StoredRow, is_empty, read_rows
 from bitgen_cli.engine.store_parts import join, require_division
 from bitgen_cli.engine.store_writer import StoreWriter
-from bitgen_cli.engine.text import find_vocabulary
+from bitgen_cli.engine.vocabulary import find_vocabulary
 from bitgen_cli.engine.weight_files import TOKENIZER
 from bitgen_cli.errors import Interrupted, ResourceError, UsageError
 from bitgen_cli.files import only_writer, write_json
@@ -165,7 +165,7 @@ def tokenize(options: TokenizeOptions, report: Report) -> TokenizeResult:
     announce(source, options.data, report)
     part = None if share is None else StoredPart(number=share[0], of=share[1], total=len(source))
     require_division(options.out, None if part is None else part.of)
-    text = find_text(model.config) if options.text_features else None
+    text = find_text(model.config, report) if options.text_features else None
     folder = options.out if part is None else options.out / part.name
     is_empty(folder)
     with only_writer(folder):

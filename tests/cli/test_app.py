@@ -278,7 +278,7 @@ def test_sample_hands_everything_over(fake: Fake) -> None:
     line = (
         "sample|a red dog|a blue cat|--model|m|-n|3|--batch-size|2|--seed|5|--cfg|4,3|--cfg-layer|1|--tau|0.5"
         "|--top-k|2|--top-p|0.9|--greedy|--negative-prompt|rain|--aspect|16:9|--resolution|1M|--prompts|p.txt|-o|out/|--grid"
-        "|--device|cpu|--dtype|bf16|--no-metadata|--set|sampling.tau=2|--set|sampling.cfg=1"
+        "|--device|cpu|--dtype|bf16|--text-dtype|int8|--no-text-cache|--no-metadata|--set|sampling.tau=2|--set|sampling.cfg=1"
     )
     assert main(line.split("|")) == 0
     assert calls[0][0] == SampleOptions(
@@ -302,6 +302,8 @@ def test_sample_hands_everything_over(fake: Fake) -> None:
         metadata=False,
         device="cpu",
         dtype="bf16",
+        text_dtype="int8",
+        text_cache=False,
         overrides=("sampling.tau=2", "sampling.cfg=1"),
     )
 

@@ -10,7 +10,7 @@ from bitgen_cli.config import ScalesConfig
 from bitgen_cli.engine.data_report import BadPicture, count_captions, data_report, measure
 from bitgen_cli.engine.scales import PUBLISHED, aspect_of, buckets, nearest, parse_aspect
 from bitgen_cli.engine.sources import open_source
-from bitgen_cli.engine.text import find_vocabulary, new_vocabulary
+from bitgen_cli.engine.vocabulary import find_vocabulary, new_vocabulary
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Silent
 

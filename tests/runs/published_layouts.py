@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitgen_cli.config import TextEncoderConfig
 from bitgen_cli.engine.tensors import weights
-from bitgen_cli.engine.text import new_text_encoder
+from bitgen_cli.engine.text import TextEncoder, new_text_encoder
 from bitgen_cli.runs.published import REPOSITORY, Published
 
 PARITY = Path(__file__).parents[1] / "parity" / "weights"
@@ -97,11 +97,20 @@ def plain_tokenizer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @cache
+def _encoder() -> TextEncoder:
+    config = TextEncoderConfig(source="new", vocabulary=120, width=256, layers=1, heads=2, ffn_width=64)
+    return new_text_encoder(config, ["a red dog on the moon", "a cat in the snow"], TEXT_LENGTH, 0)
+
+
+def weights_of_text_encoder() -> dict[str, Tensor]:
+    """The weights of the encoder in `text_encoder`."""
+    return {name: value.detach().clone() for name, value in weights(_encoder().model).items()}
+
+
+@cache
 def text_encoder() -> dict[str, bytes]:
     """A whole T5 in shards with its configuration and vocabulary, 256 channels wide."""
-    config = TextEncoderConfig(source="new", vocabulary=120, width=256, layers=1, heads=2, ffn_width=64)
-    encoder = new_text_encoder(config, ["a red dog on the moon", "a cat in the snow"], TEXT_LENGTH, 0)
-    tensors = {name: value.detach().clone() for name, value in weights(encoder.model).items()}
+    encoder, tensors = _encoder(), weights_of_text_encoder()
     half = {name.replace("encoder.", "decoder.", 1): value + 1 for name, value in tensors.items() if "encoder." in name}
     whole = tensors | half | {"lm_head.weight": tensors["shared.weight"] + 1}
     described = encoder.model.config.to_dict() | {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import time
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,21 +32,25 @@ from published_layouts import (
     text_encoder,
     torch_file,
     weights_of,
+    weights_of_text_encoder,
 )
 from safetensors.torch import save, save_file
 from torch import Tensor
 
 from bitgen_cli.__main__ import main
+from bitgen_cli.engine.hub import any_text_encoder_files
 from bitgen_cli.engine.infinity_weights import renamed_tokenizer, renamed_transformer
-from bitgen_cli.engine.model_folder import load_model, read_model_config, read_origin
+from bitgen_cli.engine.model_folder import load_model, read_model_config, read_origin, write_origin
+from bitgen_cli.engine.text import encoder_fingerprint, load_text_encoder, text_folder
 from bitgen_cli.errors import InputError, Interrupted, ResourceError, UsageError
-from bitgen_cli.files import sha256
+from bitgen_cli.files import only_writer, sha256
 from bitgen_cli.presets import resolve
 from bitgen_cli.report import Silent, Task
 from bitgen_cli.runs import published
 from bitgen_cli.runs.models import PARTS, provide_model
 from bitgen_cli.runs.published import REPOSITORY
 from bitgen_cli.runs.start import Init, first_tokenizer
+from bitgen_cli.runs.text_features import find_text
 
 TOKENIZER, TRANSFORMER = ("tokenizer",), ("transformer",)
 AS_PUBLISHED = dict(published.CATALOGUE)
@@ -188,6 +194,102 @@ def test_files_that_other_programs_have_fetched_are_used(hub: Hub, tmp_path: Pat
     assert hub.asked == []
 
 
+# -- text encoders -----------------------------------------------------------------------------------------------------
+
+TEXT = ("text_encoder",)
+SHARD = "model-00001-of-00002.safetensors"
+
+
+def text_weights(folder: Path) -> Path:
+    return folder / "text_encoder" / "model.safetensors"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_models_share_one_text_encoder(hub: Hub, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refuse(*given: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    first = provide_model("infinity-2b", parts=TEXT)
+    commit, made = hub.commit(T5), read_model_config(first)[2]["text_encoder"]
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    hub.asked.clear()
+    hub.files[T5]["README.md"] = b"# newer"
+    report = Silent()
+    second = provide_model("infinity-8b", report, TEXT)
+    assert not [path for _, path, _ in hub.asked if T5 in path]
+    assert text_weights(first).samefile(text_weights(second)) == links
+    assert "infinity-8b shares the text encoder of infinity-2b" in report.notices
+    assert read_model_config(second)[2]["text_encoder"] == made
+    assert read_origin(second).revisions[T5] == commit
+    assert read_origin(second).reports["text_encoder"] == read_origin(first).reports["text_encoder"]
+    shutil.rmtree(first)
+    assert load_model(second, parts=TEXT).text_encoder is not None
+
+
+def test_a_text_encoder_that_is_damaged_or_of_another_commit_is_not_shared(hub: Hub) -> None:
+    first = provide_model("infinity-2b", parts=TEXT)
+    content = text_weights(first).read_bytes()
+    text_weights(first).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    second = provide_model("infinity-8b", parts=TEXT)
+    assert text_weights(second).read_bytes() == content
+    text_weights(first).write_bytes(content)
+    shutil.rmtree(second / "text_encoder")
+    write_origin(second, replace(read_origin(second), revisions={T5: "0" * 40}))
+    with pytest.raises(InputError, match="has no revision 000000"):
+        provide_model("infinity-8b", parts=TEXT)
+
+
+def test_a_fixed_text_encoder_is_fetched_like_every_other_file(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a training, or for text features in a store: with progress, going on, checked, and not at all offline."""
+    config = resolve("infinity-2b", overrides=SMALLER["infinity-2b"].overrides, environment={}).config.model
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=f"{T5} is not on this machine, and nothing is fetched offline"):
+        find_text(config, Silent())
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    with pytest.raises(Interrupted, match=f"stopped by Ctrl-C while fetching {SHARD}"):
+        find_text(config, Stops("fetching model-00001", 0.05))
+    hub.asked.clear()
+    found = find_text(config, Silent())
+    (begun,) = hub.sent(SHARD)
+    assert begun is not None
+    assert begun.startswith("bytes=")
+    folder = text_folder(T5)
+    assert folder.is_relative_to(tmp_path / "hub")
+    assert found.encoder == encoder_fingerprint(T5) == encoder_fingerprint(str(folder))
+    hub.asked.clear()
+    hub.status = 500
+    encoder = load_text_encoder(T5, TEXT_LENGTH, torch.device("cpu"), torch.float32)
+    assert hub.asked == []
+    stored = weights_of_text_encoder()
+    assert all(torch.equal(stored[name], value) for name, value in encoder.model.named_parameters())
+    shutil.rmtree(tmp_path / "hub")
+    hub.status, hub.damaged = 0, {SHARD}
+    with pytest.raises(InputError, match=f"{SHARD} did not arrive whole"):
+        load_text_encoder(T5, TEXT_LENGTH, torch.device("cpu"), torch.float32)
+
+
+def test_the_text_encoder_of_a_model_is_there_for_stores_and_trainings(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_model_config(provide_model("infinity-2b", parts=TEXT))[0]
+    hub.asked.clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert find_text(config, Silent()).width == 256
+    assert hub.asked == []
+
+
+def test_vocabularies_of_sentencepiece_alone_are_chosen_too() -> None:
+    names = ["config.json", "spiece.model", "tokenizer_config.json", "pytorch_model.bin", "README.md"]
+    chosen = any_text_encoder_files(names, Path)
+    assert sorted(chosen) == sorted(names[:4])
+    assert any_text_encoder_files([*names, "tokenizer.json"], Path) == [
+        "config.json", "tokenizer.json", "pytorch_model.bin"
+    ]  # fmt: skip
+
+
 def test_a_training_begins_with_published_weights_by_name(hub: Hub) -> None:
     entry = SMALLER["infinity-2b"]
     config = resolve(entry.preset, overrides=entry.overrides, environment={}).config
@@ -282,6 +384,42 @@ def test_parts_that_are_made_stay_made(hub: Hub, tmp_path: Path) -> None:
     assert is_model(provide_model("infinity-2b"))
     assert (folder / "tokenizer.safetensors").stat().st_mtime_ns == made
     assert not left.exists()
+
+
+SECOND = """
+    import sys
+    from contextlib import contextmanager
+    from bitgen_cli.report import Silent
+    from bitgen_cli.runs.models import provide_model
+
+    class Tells(Silent):
+        def notice(self, text):
+            print(text, flush=True)
+
+        @contextmanager
+        def task(self, title, total):
+            print(title, flush=True)
+            with super().task(title, total) as inner:
+                yield inner
+
+    provide_model(sys.argv[1], Tells(), ("tokenizer",))
+"""
+
+
+def test_of_two_processes_that_make_a_model_the_second_waits_and_uses_it(tmp_path: Path) -> None:
+    file = write(tmp_path, {VAE: torch_file({"vae": weights_of("tok_d32")})}) / VAE
+    words = [sys.executable, "-c", textwrap.dedent(SECOND), str(file)]
+    with (
+        only_writer(tmp_path / "home" / "models"),
+        subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as second,
+    ):
+        assert second.stdout is not None
+        assert second.stdout.readline() == "another process makes a model: waiting for it\n"
+        folder = provide_model(str(file), parts=TOKENIZER)  # the first one is this process, whose lock that is
+        made = (folder / "tokenizer.safetensors").stat().st_mtime_ns
+        rest, _ = second.communicate(timeout=60)
+    assert (second.returncode, rest) == (0, "")
+    assert (folder / "tokenizer.safetensors").stat().st_mtime_ns == made
 
 
 PROGRAM = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -213,9 +214,7 @@ def test_missing_corrupt_and_foreign_models(model: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no model at nowhere"):
         draw("nowhere", "a dog")
     broken = tmp_path / "broken"
-    broken.mkdir()
-    for name in ("config.json", "tokenizer.safetensors", "transformer.safetensors"):
-        (broken / name).write_bytes((Path(model) / name).read_bytes())
+    shutil.copytree(model, broken)
     (broken / "transformer.safetensors").write_bytes(b"no tensors here")
     with pytest.raises(InputError, match=r"transformer\.safetensors is not a readable safetensors"):
         draw(str(broken), "a dog")

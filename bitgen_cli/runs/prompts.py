@@ -1,0 +1,182 @@
+"""From prompts to text features: those that are kept on disk, and the text encoder for the others.
+
+The encoder is loaded for the length of one call and is gone before the transformer needs its memory; where all features
+are kept, neither it nor transformers is loaded. Each prompt is encoded alone, so that its features are the same to the
+last bit whether they are kept, and whatever it is drawn with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bitgen_cli.engine.device import give_back
+from bitgen_cli.engine.model_folder import TEXT_FOLDER, Model, text_source
+from bitgen_cli.engine.subject import Worn, wearing
+from bitgen_cli.engine.text import encoder_fingerprint, text_folder
+from bitgen_cli.engine.text_cache import TextCache, TextKey
+from bitgen_cli.engine.text_precision import INT8, TextPrecision, load_text_encoder_as
+from bitgen_cli.engine.vocabulary import PromptReader, load_vocabulary
+from bitgen_cli.errors import BitgenError, InputError, UsageError
+from bitgen_cli.report import Report
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to draw, or to keep away from, and the subjects that it is read with."""
+
+    text: str
+    subjects: tuple[Worn, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model's text encoder, not loaded.
+
+    Attributes:
+        model: whose it is; its weights are not needed.
+        source: folder or repository of the encoder.
+        fingerprint: of its files.
+        reader: its vocabulary, which knows no subject.
+    """
+
+    model: Model
+    source: str
+    fingerprint: str
+    reader: PromptReader
+
+
+def find_text_model(model: Model, report: Report) -> TextModel:
+    """The text encoder of a model; one that the hub has is fetched when it is not on this machine.
+
+    Raises:
+        InputError: there is none, it is damaged, or the hub cannot give it.
+        ResourceError: no space left for what is fetched.
+        Interrupted: stopped by the user while it was fetched.
+    """
+    source = text_source(model.folder, model.config)
+    if source is None:
+        raise InputError(f"the model {model.folder} has no text encoder yet", "bitgen train makes one")
+    folder = text_folder(source, report)
+    is_own = folder == model.folder / TEXT_FOLDER
+    found = (model.fingerprints.get(TEXT_FOLDER) if is_own else None) or encoder_fingerprint(source)
+    if found is None:
+        raise InputError(f"the text encoder {source} has no weights or no vocabulary")
+    return TextModel(model, source, found, PromptReader(load_vocabulary(folder), model.config.transformer.text_length))
+
+
+def tell_cut(prompts: Iterable[str], reader: PromptReader, report: Report) -> None:
+    """Says which prompts are longer than what is read of them, each once."""
+    for prompt in dict.fromkeys(prompts):
+        if reader.is_cut(prompt):
+            limit = reader.max_length
+            report.notice(f"only the first {limit} tokens are read of the long prompt {prompt[:60]!r}...")
+
+
+def text_features(
+    text: TextModel,
+    prompts: Sequence[Prompt],
+    precision: TextPrecision,
+    device: torch.device,
+    report: Report,
+    *,
+    cached: bool = True,
+) -> list[Tensor]:
+    """Features (T, width) of each prompt, unpadded, on the CPU. No encoder is left in memory.
+
+    Args:
+        text: the encoder.
+        prompts: equal ones are encoded once.
+        precision: number types it computes in.
+        device: where it computes.
+        report: gets a bar, and a notice where features cannot be kept.
+        cached: whether features are looked for on disk, and kept there.
+
+    Raises:
+        InputError: the encoder or a subject is damaged.
+        UsageError: a subject is of another base model, or changes weights that int8 has rounded.
+    """
+    keys = [_key(text, prompt, precision, device) for prompt in prompts]
+    lacking = dict(zip(keys, prompts, strict=True))
+    found: dict[TextKey, Tensor] = {}
+    cache = TextCache()
+    for key in list(lacking) if cached else []:
+        features = cache.find(key)
+        if features is not None:
+            found[key] = features
+            del lacking[key]
+    if lacking:
+        made = _encode(text, lacking, precision, device, report)
+        found |= made
+        if cached:
+            _keep(cache, made, report)
+    return [found[key] for key in keys]
+
+
+def _key(text: TextModel, prompt: Prompt, precision: TextPrecision, device: torch.device) -> TextKey:
+    geometry = text.model.config.transformer
+    return TextKey(
+        encoder=text.fingerprint,
+        dtype=f"{precision.name} {precision.dtype}",
+        device=device.type,
+        libraries=precision.libraries,
+        length=geometry.text_length,
+        width=geometry.text_width,
+        prompt=prompt.text,
+        subjects=tuple((worn.subject.sha256, worn.scale) for worn in prompt.subjects),
+    )
+
+
+def _encode(
+    text: TextModel,
+    prompts: dict[TextKey, Prompt],
+    precision: TextPrecision,
+    device: torch.device,
+    report: Report,
+) -> dict[TextKey, Tensor]:
+    """Features by their keys, from an encoder that is loaded and dropped."""
+    if precision.name == INT8:
+        _refuse_changes(prompts.values())
+    geometry = text.model.config.transformer
+    encoder = load_text_encoder_as(precision, text.source, geometry.text_length, device, report)
+    if encoder.width != geometry.text_width:
+        raise InputError(
+            f"the text encoder {text.source} has {encoder.width} channels, the model takes {geometry.text_width}"
+        )
+    model = replace(text.model, text_encoder=encoder, transformer=None, tokenizer=None)
+    together: dict[tuple[tuple[str, float], ...], list[TextKey]] = {}
+    for key in prompts:
+        together.setdefault(key.subjects, []).append(key)
+    found = {}
+    with report.task("reading prompts", len(prompts)) as task, torch.inference_mode():
+        for keys in together.values():
+            with wearing(model, prompts[keys[0]].subjects):
+                for key in keys:
+                    (features,) = encoder.encode_alone([key.prompt])
+                    found[key] = features.cpu()
+                    task.advance()
+    del encoder, model
+    give_back(device)
+    return found
+
+
+def _refuse_changes(prompts: Iterable[Prompt]) -> None:
+    for worn in (worn for prompt in prompts for worn in prompt.subjects):
+        if worn.subject.changes_text_encoder:
+            raise UsageError(
+                f"subject {worn.subject.name} changes weights of the text encoder, which int8 has rounded",
+                "use --text-dtype bf16",
+            )
+
+
+def _keep(cache: TextCache, made: dict[TextKey, Tensor], report: Report) -> None:
+    """Writes features to disk; where that fails they are used all the same."""
+    try:
+        for key, features in made.items():
+            cache.keep(key, features)
+    except BitgenError as error:
+        report.notice(f"text features are not kept: {error.message}")
+    cache.prune()
