@@ -296,10 +296,23 @@ def sample(
     as_json: Json = False,
     batch_size: Annotated[
         int | None,
-        _option("N", "Pictures drawn at once; no influence on them.", _COMPUTING, least=1),
+        _option("N", "Pictures drawn at once, as many as fit by itself; no influence on them.", _COMPUTING, least=1),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    offload: Annotated[
+        str,
+        _option(
+            "HOW",
+            "auto: what does not fit into a GPU's memory waits in the CPU's; none: all is on the GPU; "
+            "cpu: all that can waits. The pictures are the same.",
+            _COMPUTING,
+        ),
+    ] = "auto",
+    compile: Annotated[
+        bool,
+        _flag("--compile", "Record a GPU's work and play it back: from the third picture on sooner.", _COMPUTING),
+    ] = False,
     text_dtype: TextDtype = "auto",
     no_text_cache: NoTextCache = False,
     offline: Offline = False,
@@ -334,6 +347,8 @@ def sample(
         metadata=not no_metadata,
         device=device,
         dtype=dtype,
+        offload=offload,
+        compile=compile,
         text_dtype=text_dtype,
         text_cache=not no_text_cache,
         overrides=tuple(overrides or ()),

@@ -82,9 +82,12 @@ def give_back(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a device; None where nobody tells."""
+    """Bytes that are free on a device, and that this process may take; None where nobody tells."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        free, total = torch.cuda.mem_get_info(device)
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)  # not in every torch we run on
+        number = torch.cuda.current_device() if device.index is None else device.index
+        return min(int(free), int(share(number) * total) - torch.cuda.memory_reserved(number))
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

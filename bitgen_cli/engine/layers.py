@@ -23,22 +23,19 @@ MAX_LOG_SCALE = math.log(100)
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary tables of a schedule: one angle per adjacent channel pair, as cos + i sin (L, E/2) complex64."""
+    """Rotary tables of a schedule, one angle per adjacent channel pair.
 
+    Attributes:
+        cos, sin: (L, E/2) float32.
+        turns: cos + i sin, complex64.
+    """
+
+    cos: Tensor
+    sin: Tensor
     turns: Tensor
 
     def __getitem__(self, positions: slice) -> Rope:
-        return Rope(self.turns[positions])
-
-    @property
-    def cos(self) -> Tensor:
-        """(L, E/2) float32."""
-        return self.turns.real
-
-    @property
-    def sin(self) -> Tensor:
-        """(L, E/2) float32."""
-        return self.turns.imag
+        return Rope(self.cos[positions], self.sin[positions], self.turns[positions])
 
 
 def _rope_angles(schedule: Schedule, head_channels: int) -> Tensor:
@@ -70,7 +67,8 @@ def rope_table(schedule: Schedule, head_channels: int, device: torch.device) -> 
     Kept on the device, as ordinary tensors, so that a later training may use them too.
     """
     angles = _rope_angles(schedule, head_channels).to(device)
-    return Rope(torch.complex(angles.cos(), angles.sin()))
+    cos, sin = angles.cos(), angles.sin()
+    return Rope(cos, sin, torch.complex(cos, sin))
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

@@ -184,6 +184,7 @@ def sampling_memory(
     text_number: int | None = None,
     tokens: int | None = None,
     waiting: int = 0,
+    in_bands: bool = False,
 ) -> SamplingMemory:
     """Memory of the device to draw pictures with guidance.
 
@@ -196,6 +197,7 @@ def sampling_memory(
         text_number: bytes per number of the text encoder; None is as of the others, 0 where it is not needed.
         tokens: of the longest prompt; None is as many as the model takes.
         waiting: blocks of the transformer whose weights take turns on the device (streaming.py).
+        in_bands: whether pictures are decoded in bands of rows (bands.py).
     """
     geometry = model.transformer
     rows = 2 * pictures
@@ -212,7 +214,8 @@ def sampling_memory(
         text_cache=per_position * (geometry.text_length if tokens is None else tokens),
         transformer_work=last * (geometry.width * per_channel + 2 * geometry.ffn_width * number),
         derived=derived_weights(model.tokenizer, schedule, number, encoder=False),
-        decoder_work=decoder_peak(model.tokenizer, schedule) * number,  # pictures are decoded one at a time
+        # pictures are decoded one at a time
+        decoder_work=(decoder_peak_in_bands if in_bands else decoder_peak)(model.tokenizer, schedule) * number,
     )
 
 

@@ -245,10 +245,11 @@ def generate(
     bits: int | None = None,
     negative: TextFeatures | None = None,
     on_scale: Callable[[int], None] | None = None,
+    in_bands: bool = False,
 ) -> tuple[Tensor, Drawn]:
     """Pictures of prompts: bits scale by scale, then the decoder.
 
-    Args: as `draw_bits`; `tokenizer` decodes.
+    Args: as `draw_bits`; `tokenizer` decodes, `in_bands` of rows where memory is scarce.
 
     Returns:
         Images (B, 3, height, width) float32 RGB in [-1, 1], and the bits they came from.
@@ -256,5 +257,5 @@ def generate(
     drawn = draw_bits(transformer, text, schedule, plan, seeds, bits=bits, negative=negative, on_scale=on_scale)
     dtype = next(tokenizer.parameters()).dtype
     # one at a time: convolutions of a batch round differently, and a picture must not depend on its company
-    images = [tokenizer.decode(total).float() for total in torch.split(drawn.total.to(dtype), 1)]
+    images = [tokenizer.decode(total, in_bands=in_bands).float() for total in torch.split(drawn.total.to(dtype), 1)]
     return torch.cat(images), drawn

@@ -142,9 +142,8 @@ class Transformer(nn.Module):
         self.start = nn.Parameter(torch.zeros(1, 1, width))
         self.bit_embedding = nn.Linear(bits, width)
         # torch's own start of an embedding on the meta device loads a library for algebra, which takes seconds
-        self.scale_embedding = nn.Embedding.from_pretrained(
-            torch.zeros(geometry.scale_embeddings, width), freeze=False
-        )
+        rows = torch.zeros(geometry.scale_embeddings, width)
+        self.scale_embedding = nn.Embedding(geometry.scale_embeddings, width, _weight=rows)
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(
             Block(width, geometry.heads, geometry.ffn_width) for _ in range(geometry.depth)

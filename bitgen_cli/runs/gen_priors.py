@@ -39,10 +39,10 @@ from bitgen_cli.errors import InputError, Interrupted, UsageError
 from bitgen_cli.files import PARTIAL, data_folder, explain, read_json, write_json
 from bitgen_cli.report import Report, Task
 from bitgen_cli.runs.models import provide_model
+from bitgen_cli.runs.placement import BATCH
 from bitgen_cli.runs.prompts import Prompt, find_text_model, tell_cut, text_features
 from bitgen_cli.runs.recipes import subject_recipe
 from bitgen_cli.runs.sample import (
-    BATCH,
     SampleOptions,
     base_recipe,
     chosen_sampling,

@@ -16,6 +16,7 @@ from bitgen_cli.errors import ResourceError, UsageError
 from bitgen_cli.runs.fitting import PROGRAM, size
 
 OFFLOADS = ("auto", "none", "cpu")
+"""How much of a model may wait for its turn."""
 BATCH = 8
 """Pictures drawn at once when nothing else is asked for and they fit."""
 
@@ -30,7 +31,6 @@ class Wanted:
         pictures: how many can be drawn together at most.
         batch_size: how many are to be drawn at once; None leaves it open.
         number: bytes per number.
-        text_number: bytes per number of the text encoder, 0 where it is not needed.
         tokens: of the longest prompt.
     """
 
@@ -40,7 +40,6 @@ class Wanted:
     pictures: int
     batch_size: int | None
     number: int
-    text_number: int
     tokens: int
 
 
@@ -51,21 +50,21 @@ class Placement:
     Attributes:
         batch_size: pictures drawn at once.
         waiting: blocks of the transformer whose weights wait in the CPU's memory for their turn.
-        bands: whether pictures are decoded in bands of rows.
+        in_bands: whether pictures are decoded in bands of rows.
         memory: what that takes of the device.
     """
 
     batch_size: int
     waiting: tuple[int, ...]
-    bands: bool
+    in_bands: bool
     memory: SamplingMemory
 
     def told(self) -> str | None:
         """What is done to make it fit, for people; None where nothing is."""
-        done = []
+        done: list[str] = []
         if self.waiting:
             done.append(f"the weights of {len(self.waiting)} blocks wait in the CPU's memory")
-        if self.bands:
+        if self.in_bands:
             done.append("pictures are decoded in bands")
         return f"{' and '.join(done)}: about {size(self.memory.total)} of memory" if done else None
 
@@ -75,7 +74,8 @@ def place(wanted: Wanted, offload: str, device: torch.device) -> Placement:
 
     Args:
         wanted: what is drawn.
-        offload: `none` has all on the device; `auto` what does not fit there takes turns; `cpu` all that can does.
+        offload: one of OFFLOADS: `none` has all on the device; with `auto` what does not fit there takes turns; with
+            `cpu` all that can does.
         device: where it is drawn.
 
     Raises:
@@ -100,12 +100,12 @@ def _ways(wanted: Wanted, offload: str, device: torch.device) -> Iterator[Placem
     least = depth if streams and offload == "cpu" else 0
     for batch in sizes:
         if offload != "cpu":
-            yield _way(wanted, batch, 0, bands=False)
+            yield _way(wanted, batch, 0, in_bands=False)
         if offload != "none":
-            yield _way(wanted, batch, least, bands=True)
+            yield _way(wanted, batch, least, in_bands=True)
     if offload == "auto" and streams:
         for waiting in range(3, depth + 1):  # two sets of weights are on the device whatever waits
-            yield _way(wanted, sizes[-1], waiting, bands=True)
+            yield _way(wanted, sizes[-1], waiting, in_bands=True)
 
 
 def _halved(size: int) -> list[int]:
@@ -113,7 +113,7 @@ def _halved(size: int) -> list[int]:
     return [size] if size == 1 else [size, *_halved(size // 2)]
 
 
-def _way(wanted: Wanted, batch: int, waiting: int, *, bands: bool) -> Placement:
+def _way(wanted: Wanted, batch: int, waiting: int, *, in_bands: bool) -> Placement:
     found = [
         sampling_memory(
             wanted.model,
@@ -121,15 +121,15 @@ def _way(wanted: Wanted, batch: int, waiting: int, *, bands: bool) -> Placement:
             schedule,
             wanted.number,
             batch,
-            text_number=wanted.text_number,
+            text_number=0,  # the text encoder is gone by then
             tokens=wanted.tokens,
             waiting=waiting,
-            bands=bands,
+            in_bands=in_bands,
         )
         for schedule in wanted.schedules
     ]
     most = max(found, key=lambda memory: memory.total)
-    return Placement(batch, spread(waiting, wanted.model.transformer.depth), bands, most)
+    return Placement(batch, spread(waiting, wanted.model.transformer.depth), in_bands, most)
 
 
 def _refused(wanted: Wanted, offload: str, device: torch.device, least: Placement, free: int) -> ResourceError:
@@ -142,8 +142,6 @@ def _refused(wanted: Wanted, offload: str, device: torch.device, least: Placemen
         other.append("--dtype bf16")
     if wanted.model.scales.custom is None:
         other.append("a smaller --resolution")
-    if least.memory.total == least.memory.text_encoder:
-        other = ["--text-dtype int8", *other]
     return ResourceError(
         f"drawing needs about {size(needs)} of memory, {device} has {size(free)} free",
         f"what needs less: {', '.join(other)}" if other else "another device may have more: --device",

@@ -22,22 +22,23 @@ from bitgen_cli.config import SamplingConfig
 from bitgen_cli.engine.active_bits import bits_in_use
 from bitgen_cli.engine.data import grid, to_pil, to_tensor, to_uint8
 from bitgen_cli.engine.device import DTYPES, keep_freed_memory, pick_device, pick_dtype
+from bitgen_cli.engine.graphs import RecordedTransformer
+from bitgen_cli.engine.memory import parameters
 from bitgen_cli.engine.model_folder import TRANSFORMER_FILE, Model, load_model, read_model_config
 from bitgen_cli.engine.sampling import generate, plan
 from bitgen_cli.engine.scales import Schedule, buckets, ratios, schedule
 from bitgen_cli.engine.subject import Subject, Worn, choose_subjects, find_subject, known_subjects, wearing
 from bitgen_cli.engine.text_precision import TextPrecision, pick_text_precision
-from bitgen_cli.engine.transformer import TextFeatures
+from bitgen_cli.engine.transformer import Predictor, TextFeatures
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.files import atomic_path, explain
 from bitgen_cli.presets import resolve_stored
 from bitgen_cli.report import Report, Task
 from bitgen_cli.runs.inspect_config import RECIPE
 from bitgen_cli.runs.models import provide_model
+from bitgen_cli.runs.placement import Placement, Wanted, place
 from bitgen_cli.runs.prompts import Prompt, TextModel, find_text_model, tell_cut, text_features
 
-BATCH = 8
-"""Pictures drawn at once when nothing else is asked for."""
 SMALL_WIDTH = 512
 """Transformers narrower than this are drawn in fp32 on a CPU: bf16 saves them nothing."""
 _SHORT = {dtype: name for name, dtype in DTYPES.items()}
@@ -69,7 +70,7 @@ class SampleOptions:
         prompts_file: more prompts, one a line or JSON lines with options of their own; `-` is stdin.
         model: as in models.provide_model.
         num_images: per prompt.
-        batch_size: pictures drawn at once; no influence on them.
+        batch_size: pictures drawn at once; no influence on them. None takes as many as fit.
         seed: of each prompt's first picture, the next ones count up; None draws one.
         cfg, tau: a number, or one per scale with commas.
         cfg_layer, target_confidence, top_k, top_p: as in the sampling section of the configuration.
@@ -83,6 +84,8 @@ class SampleOptions:
         grid: also writes all pictures as one.
         metadata: whether pictures carry their recipe.
         device, dtype: as in engine.device.
+        offload: what may wait in the CPU's memory, as in runs.placement.
+        compile: records scales as CUDA graphs (engine.graphs).
         text_dtype: of the text encoder, as in engine.text_precision.
         text_cache: whether text features are kept on disk, and taken from there.
         overrides: sampling.KEY=VALUE.
@@ -111,6 +114,8 @@ class SampleOptions:
     metadata: bool = True
     device: str = "auto"
     dtype: str = "auto"
+    offload: str = "auto"
+    compile: bool = False
     text_dtype: str = "auto"
     text_cache: bool = True
     overrides: tuple[str, ...] = ()
@@ -197,6 +202,21 @@ class _Setting:
     taken: set[Path] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
+class _Painter:
+    """A model that draws.
+
+    Attributes:
+        model: with its weights; subjects are put onto them.
+        predictor: its transformer, or what stands in for it.
+        placement: where its parts are.
+    """
+
+    model: Model
+    predictor: Predictor
+    placement: Placement
+
+
 def sample(options: SampleOptions, report: Report) -> SampleResult:
     """Draws the pictures and writes them.
 
@@ -220,14 +240,16 @@ def sample(options: SampleOptions, report: Report) -> SampleResult:
     if options.output is not None:
         _check_output(options.output, len(jobs))
     tell_cut((job.prompt for job in jobs), setting.text.reader, report)
+    placement = _place(jobs, setting, options)
     features = _features(jobs, setting, options, report)
-    setting = replace(setting, model=_load(setting))
+    painter = _load(setting, placement, options, report)
+    setting = replace(setting, model=painter.model)
     started = time.perf_counter()
     pictures: dict[int, SampledPicture] = {}
     images: dict[int, Image.Image] = {}
     with report.task("drawing", len(jobs)) as task:
-        for batch in _batches(jobs, options.batch_size or BATCH):
-            drawn = _draw([jobs[i] for i in batch], [features[i] for i in batch], setting, task)
+        for batch in _batches(jobs, placement.batch_size):
+            drawn = _draw([jobs[i] for i in batch], [features[i] for i in batch], setting, painter, task)
             for index, image in zip(batch, drawn, strict=True):
                 pictures[index] = _write(image, jobs[index], index, options, setting)
                 if options.grid:
@@ -429,11 +451,44 @@ def _features(jobs: Sequence[_Job], setting: _Setting, options: SampleOptions, r
     ]
 
 
-def _load(setting: _Setting) -> Model:
-    """The model with the weights that drawing takes."""
-    return load_model(
-        setting.model.folder, device=setting.device, dtype=setting.dtype, parts=("tokenizer", "transformer")
+def _place(jobs: Sequence[_Job], setting: _Setting, options: SampleOptions) -> Placement:
+    """Where the parts of the model go.
+
+    Raises:
+        ResourceError: it does not fit.
+        UsageError: options that this device has not.
+    """
+    if options.compile and setting.device.type != "cuda":
+        raise UsageError(f"--compile records what a GPU is given to do, and the device is {setting.device}")
+    prompts = {text for job in jobs for text in (job.prompt, job.negative) if text is not None}
+    wanted = Wanted(
+        setting.model.config,
+        parameters(setting.model.config),
+        list({job.schedule for job in jobs}),
+        len(jobs),
+        options.batch_size,
+        setting.dtype.itemsize,
+        max(map(len, setting.text.reader.tokenise(list(prompts)))),
     )
+    return place(wanted, options.offload, setting.device)
+
+
+def _load(setting: _Setting, placement: Placement, options: SampleOptions, report: Report) -> _Painter:
+    """The model with the weights that drawing takes, each where it belongs."""
+    model = load_model(
+        setting.model.folder,
+        device=setting.device,
+        dtype=setting.dtype,
+        parts=("tokenizer", "transformer"),
+        waiting=placement.waiting,
+    )
+    assert model.transformer is not None
+    if (told := placement.told()) is not None:
+        report.notice(told)
+    if options.compile and placement.waiting:
+        report.notice("scales are not recorded (--compile): weights take turns")
+    records = options.compile and not placement.waiting
+    return _Painter(model, RecordedTransformer(model.transformer) if records else model.transformer, placement)
 
 
 def drawing_dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:
@@ -454,15 +509,16 @@ def _batches(jobs: Sequence[_Job], size: int) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()
-def _draw(jobs: Sequence[_Job], features: Sequence[_Features], setting: _Setting, task: Task) -> list[Image.Image]:
+def _draw(
+    jobs: Sequence[_Job], features: Sequence[_Features], setting: _Setting, painter: _Painter, task: Task
+) -> list[Image.Image]:
     """The pictures of one batch, in its order."""
-    first, model = jobs[0], setting.model
-    assert model.transformer is not None
+    first, model = jobs[0], painter.model
     assert model.tokenizer is not None
     negatives = [own.negative.to(setting.device, setting.dtype) for own in features if own.negative is not None]
     with wearing(model, first.subjects):
         images, _ = generate(
-            model.transformer,
+            painter.predictor,
             model.tokenizer,
             TextFeatures.from_rows([own.prompt.to(setting.device, setting.dtype) for own in features]),
             first.schedule,
@@ -471,6 +527,7 @@ def _draw(jobs: Sequence[_Job], features: Sequence[_Features], setting: _Setting
             bits=first.bits,
             negative=TextFeatures.from_rows(negatives) if negatives else None,
             on_scale=lambda scale: task.status(f"scale {scale + 1} of {len(first.schedule)}"),
+            in_bands=painter.placement.in_bands,
         )
     return [to_pil(image) for image in to_uint8(images)]
 
