@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bitgen_cli.config import TokenizerConfig
 from bitgen_cli.engine import autoencoder, bands, convolution, memory
-from bitgen_cli.engine.bands import BAND, decode_in_bands
+from bitgen_cli.engine.bands import BAND, Bands, affine_of, decode_in_bands
 from bitgen_cli.engine.convolution import winograd
 from bitgen_cli.engine.data import to_uint8
 from bitgen_cli.engine.model_folder import find_model, load_model
@@ -108,6 +108,18 @@ def test_bands_of_the_demo_model() -> None:
     with torch.inference_mode():
         total = of.encode(of.decode(torch.where(bits, 1.0, -1.0) / 4), schedules)[1]
         assert_same_picture(decode_in_bands(of.autoencoder.decoder, total, 10_000), of.decode(total))
+
+
+def test_a_norm_of_bands_is_that_of_the_whole_picture() -> None:
+    """Also where channels lie far from zero: a difference of squares would be wrong by a tenth."""
+    generator = torch.Generator().manual_seed(0)
+    x = 100 + torch.randn((1, 8, 37, 200), generator=generator) / 10
+    norm = nn.GroupNorm(2, 8, eps=1e-6)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, 1, 0.3, generator=generator)
+    wanted = norm.double()(x.double())
+    found = affine_of(norm.float(), Bands(torch.split(x, 5, dim=2)))
+    torch.testing.assert_close(x.double() * found.scale + found.shift, wanted, rtol=0, atol=1e-3)
 
 
 def test_a_picture_does_not_depend_on_its_company() -> None:
