@@ -86,17 +86,18 @@ def _load_int8(
     source: str, max_length: int, device: torch.device, dtype: torch.dtype, report: Report | None = None
 ) -> TextEncoder:
     """Each weight is rounded as soon as it is read, so that no more than one is in memory with all its digits."""
-    with _silent():
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
     folder = text_folder(source, report)
     model, tensors, _ = read_text_encoder(folder, source)
-    for name, tensor in tensors.items():
-        path, _, own = name.rpartition(".")
-        module = model.get_submodule(path)
-        # a copy, or the whole file would stay mapped for what is not rounded
-        setattr(module, own, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
-        if isinstance(module, nn.Linear):
-            quantize_(module, Int8WeightOnlyConfig())
+    with _silent():
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        for name, tensor in tensors.items():
+            path, _, own = name.rpartition(".")
+            module = model.get_submodule(path)
+            # a copy, or the whole file would stay mapped for what is not rounded
+            setattr(module, own, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
+            if isinstance(module, nn.Linear):
+                quantize_(module, Int8WeightOnlyConfig())
     model.set_input_embeddings(model.shared)  # type: ignore[no-untyped-call]
     return TextEncoder(model, load_vocabulary(folder), max_length).eval()
 
