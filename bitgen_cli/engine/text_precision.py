@@ -71,6 +71,18 @@ def pick_text_precision(name: str, dtype: torch.dtype, device: torch.device) -> 
     return TextPrecision(next(short for short, other in DTYPES.items() if other == found), found)
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps from the user what torchao, which transformers loads too, says of kernels that it was not built for."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@_silent()
 def load_text_encoder_as(
     precision: TextPrecision, source: str, max_length: int, device: torch.device, report: Report | None = None
 ) -> TextEncoder:
@@ -86,8 +98,8 @@ def _load_int8(
     source: str, max_length: int, device: torch.device, dtype: torch.dtype, report: Report | None = None
 ) -> TextEncoder:
     """Each weight is rounded as soon as it is read, so that no more than one is in memory with all its digits."""
-    with _silent():
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
     folder = text_folder(source, report)
     model, tensors, _ = read_text_encoder(folder, source)
     for name, tensor in tensors.items():
@@ -99,14 +111,3 @@ def _load_int8(
             quantize_(module, Int8WeightOnlyConfig())
     model.set_input_embeddings(model.shared)  # type: ignore[no-untyped-call]
     return TextEncoder(model, load_vocabulary(folder), max_length).eval()
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keeps from the user what a library has to say about kernels that it was not built for."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
