@@ -3,9 +3,9 @@
 Source: INFINITY_FORMAT section 3 (bsq_vae/vae.py, conv.py), GroupNorm variant without attention. Modules carry the
 plain LDM names (`encoder.down.0.block.0.conv1.weight`); infinity_weights.py maps the published nested ones onto them.
 
-Without gradients on a CPU the pictures are laid out channels-last and convolutions take fewer products
-(convolution.py): the same numbers up to rounding in less time. Training keeps to the plain form, whose backward pass is
-the faster one.
+Without gradients the pictures are laid out channels-last; on a CPU convolutions take fewer products (convolution.py),
+on a GPU norms take less time (group_norm.py): the same numbers up to rounding. Training keeps to the plain form, whose
+backward pass is the faster one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bitgen_cli.config import TokenizerConfig
 from bitgen_cli.engine.convolution import Conv3, DoublingConv3, only_infers
+from bitgen_cli.engine.group_norm import normed
 
 
 def group_norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
@@ -27,13 +28,14 @@ def group_norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
 
 
 def laid_out(x: Tensor) -> Tensor:
-    """The picture, channels-last where that is faster: on a CPU without gradients. Convolutions keep the layout."""
-    return x.contiguous(memory_format=torch.channels_last) if only_infers(x) else x
+    """The picture, channels-last where that is faster: without gradients. Convolutions keep the layout."""
+    infers = only_infers(x) or (x.device.type == "cuda" and not torch.is_grad_enabled())
+    return x.contiguous(memory_format=torch.channels_last) if infers else x
 
 
 def norm_swish(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """swish(norm(x)); the normalised tensor is ours alone, so the activation overwrites it."""
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+    return F.silu(normed(x, norm), inplace=not torch.is_grad_enabled())
 
 
 class ResBlock(nn.Module):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from bitgen_cli.engine.autoencoder import Decoder, ResBlock, Upsample
 from bitgen_cli.engine.convolution import only_infers
+from bitgen_cli.engine.group_norm import Affine, affine_of
 
 BAND = 1 << 22
 """Numbers a band has at most, unless one row has more: enough to keep a GPU busy, few beside a large picture."""
@@ -122,39 +122,3 @@ def _window(above: Tensor | None, band: Tensor, below: Tensor | None, affine: Af
         else:
             torch.addcmul(affine.shift, source, affine.scale, out=target)
     return window if affine is None else F.silu(window, inplace=True)
-
-
-class Affine(NamedTuple):
-    """What a norm multiplies the channels of one picture by, and adds then: (1, C, 1, 1) each, float32."""
-
-    scale: Tensor
-    shift: Tensor
-
-
-def affine_of(norm: nn.GroupNorm, x: Bands) -> Affine:
-    """The norm of the whole picture.
-
-    Mean and variance are put together from those of channels in bands, which need no difference of large sums: at
-    1024x1024 they are a thousand times as exact as torch's own on a CPU, channels-last (1e-7 of a scale, not 2e-4).
-    Source: Chan, Golub and LeVeque 1983, equation 2.1, for many parts.
-    """
-    height = sum(band.shape[2] for band in x)
-    shares = torch.tensor([band.shape[2] / height for band in x], device=x[0].device).view(-1, 1)
-    means, variances = map(torch.stack, zip(*map(_moments, x), strict=True))
-    mean = (shares * means).sum(0)
-    variance = (shares * (variances + (means - mean).square())).sum(0)
-
-    means, variances = mean.view(norm.num_groups, -1), variance.view(norm.num_groups, -1)
-    mean = means.mean(1, keepdim=True)
-    variance = (variances + (means - mean).square()).mean(1, keepdim=True)
-
-    by_group = (norm.num_groups, -1)
-    scale = norm.weight.float().view(by_group) * (variance + norm.eps).rsqrt()
-    shift = norm.bias.float().view(by_group) - mean * scale
-    return Affine(scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1))
-
-
-def _moments(band: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (C,) of a band's channels, float32."""
-    mean = band.mean((0, 2, 3), keepdim=True, dtype=torch.float32)
-    return mean.flatten(), (band - mean).square_().mean((0, 2, 3))

@@ -199,7 +199,9 @@ class Loud(Silent):
 def memory(config: Config, limit: float, device: torch.device) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / config.name
+        start = time.perf_counter()
         save_random(folder, config, device)
+        print(f"{config.name} with random weights, written in {time.perf_counter() - start:.0f} s", flush=True)
         pictures = []
         for offload, allowed in (("auto", limit - CONTEXT), ("none", None)):
             if device.type == "cuda":

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from bitgen_cli.config import TokenizerConfig
 from bitgen_cli.engine import autoencoder, bands, convolution, memory
-from bitgen_cli.engine.bands import BAND, Bands, affine_of, decode_in_bands
+from bitgen_cli.engine.bands import BAND, decode_in_bands
 from bitgen_cli.engine.convolution import winograd
 from bitgen_cli.engine.data import to_uint8
+from bitgen_cli.engine.group_norm import affine_of
 from bitgen_cli.engine.model_folder import find_model, load_model
 from bitgen_cli.engine.rehearsal import Watched, infer
 from bitgen_cli.engine.scales import Schedule, schedule
@@ -118,7 +119,7 @@ def test_a_norm_of_bands_is_that_of_the_whole_picture() -> None:
     for parameter in norm.parameters():
         nn.init.normal_(parameter, 1, 0.3, generator=generator)
     wanted = norm.double()(x.double())
-    found = affine_of(norm.float(), Bands(torch.split(x, 5, dim=2)))
+    found = affine_of(norm.float(), torch.split(x, 5, dim=2))
     torch.testing.assert_close(x.double() * found.scale + found.shift, wanted, rtol=0, atol=1e-3)
 
 
