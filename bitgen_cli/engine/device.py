@@ -85,9 +85,10 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on a device, and that this process may take; None where nobody tells."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)  # not in every torch we run on
         number = torch.cuda.current_device() if device.index is None else device.index
-        return min(int(free), int(share(number) * total) - torch.cuda.memory_reserved(number))
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)  # not in every torch we run on
+        used = torch.cuda.memory_allocated(number)
+        return min(int(free) + torch.cuda.memory_reserved(number) - used, int(share(number) * total) - used)
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -33,7 +32,8 @@ def scaled(x: Tensor, affine: Affine) -> Tensor:
     """x * scale + shift of a picture (1, C, h, w), computed in float32 and rounded once."""
     scale, shift = affine.scale.flatten(), affine.shift.flatten()
     # with a mean of 0 and a variance of 1 this is one pass over x, whatever its number type
-    return F.batch_norm(x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0)
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    return torch.batch_norm(x, scale, shift, zero, one, training=False, momentum=0.0, eps=0.0, cudnn_enabled=False)
 
 
 def affine_of(norm: nn.GroupNorm, parts: Sequence[Tensor]) -> Affine:

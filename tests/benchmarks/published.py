@@ -24,6 +24,7 @@ import torch
 
 from bitgen_cli.config import Config
 from bitgen_cli.demo import world
+from bitgen_cli.engine.device import give_back
 from bitgen_cli.engine.graphs import RecordedTransformer
 from bitgen_cli.engine.model_folder import save_model
 from bitgen_cli.engine.sampling import Drawn, draw_bits, plan
@@ -204,8 +205,8 @@ def memory(config: Config, limit: float, device: torch.device) -> None:
         print(f"{config.name} with random weights, written in {time.perf_counter() - start:.0f} s", flush=True)
         pictures = []
         for offload, allowed in (("auto", limit - CONTEXT), ("none", None)):
+            give_back(device)
             if device.type == "cuda":
-                torch.cuda.empty_cache()
                 whole = torch.cuda.get_device_properties(device).total_memory
                 torch.cuda.set_per_process_memory_fraction(1.0 if allowed is None else allowed * GIB / whole)
                 torch.cuda.reset_peak_memory_stats()
