@@ -249,6 +249,15 @@ def sample(
         float | None,
         _option("P", "Drop a bit's unlikelier value at a probability of at most 1 - P.", _DRAWING),
     ] = None,
+    fast: Annotated[
+        int | None,
+        _option(
+            "LEVEL",
+            "Less work on fine scales, 1 to 3: no guidance, and ever fewer positions predicted; 0 leaves nothing out.",
+            _DRAWING,
+            least=0,
+        ),
+    ] = None,
     greedy: Annotated[
         bool,
         _flag("--greedy", "Always the likelier value: the same as --top-k 1.", _DRAWING),
@@ -336,6 +345,7 @@ def sample(
         target_confidence=target_confidence,
         top_k=top_k,
         top_p=top_p,
+        fast=fast,
         greedy=greedy,
         negative_prompt=negative_prompt,
         aspect=aspect,

@@ -325,6 +325,9 @@ class SamplingConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.97, description="a bit's lesser value is dropped when its probability is at most 1 - top_p"
     )
+    fast: Annotated[int, Field(ge=0, le=3)] = Field(
+        default=0, description="how much is left out on late scales: guidance, and positions that change little"
+    )
 
 
 class OptimizerConfig(Section):

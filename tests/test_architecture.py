@@ -44,7 +44,8 @@ ENGINE_ORDER = {
     "tokenizer": {"autoencoder", "bands", "active_bits", "pyramid", "scales"},
     "layers": {"scales"},
     "transformer": {"layers", "scales"},
-    "sampling": {"transformer", "tokenizer", "active_bits", "pyramid", "bits", "scales"},
+    "pruning": {"bits", "scales"},
+    "sampling": {"transformer", "tokenizer", "active_bits", "pruning", "pyramid", "bits", "scales"},
 }
 """The walk of a picture through the engine: each module to the engine modules it may import."""
 

@@ -209,6 +209,7 @@ def test_patchify_quadruples_the_bits() -> None:
             {"sampling__target_confidence": 1},
             "sampling.target_confidence = 1: must be a number above 0.5 and below 1, or null",
         ),
+        ({"sampling__fast": 4}, "sampling.fast = 4: must be a whole number from 0 to 3"),
         ({"sampling__top_p": 0}, "sampling.top_p = 0: must be a number above 0 and at most 1"),
         (
             {"training__transformer__optimizer__betas": [0.9, 1]},

@@ -58,6 +58,7 @@ class _Scale:
 
     recording: Recording | None = None
     inputs: Tensor | None = None
+    kept: Tensor | None = None
     logits: Tensor | None = None
 
 
@@ -89,7 +90,7 @@ class RecordedTransformer:
         self._prompts: OrderedDict[tuple[object, ...], _Prompts] = OrderedDict()
         self._now: _Prompts | None = None
         self._cache: KVCache | None = None
-        self._cache_of: tuple[int, Schedule] | None = None
+        self._cache_of: tuple[int, Schedule, tuple[int, ...]] | None = None
         self._rope: Rope | None = None
 
     @property
@@ -125,15 +126,16 @@ class RecordedTransformer:
         self._now = found
         return found.condition
 
-    def new_cache(self, batch: int, schedule: Schedule) -> KVCache:
+    def new_cache(self, batch: int, schedule: Schedule, counts: Sequence[int] | None = None) -> KVCache:
         """The one cache there is; another size ends all recordings."""
-        if self._cache is None or self._cache_of != (batch, schedule):
+        size = batch, schedule, tuple(schedule.counts if counts is None else counts)
+        if self._cache is None or self._cache_of != size:
             for prompts in self._prompts.values():
                 prompts.scales.clear()
             self._new_recording = self._new_recordings()  # their memory has gone with them
             self._cache = None  # the old one is freed before the new one is made
-            self._cache = self._transformer.new_cache(batch, schedule)
-            self._cache_of = batch, schedule
+            self._cache = self._transformer.new_cache(batch, schedule, counts)
+            self._cache_of = size
             self._rope = self._transformer.rope(schedule)  # recordings read it
         return self._cache
 
@@ -145,6 +147,7 @@ class RecordedTransformer:
         schedule: Schedule,
         cache: KVCache,
         after_block: AfterBlock | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """As of the transformer.
 
@@ -156,16 +159,22 @@ class RecordedTransformer:
         known = self._now.scales.get(key)
         if known is None:
             self._now.scales[key] = _Scale()
-            return self._transformer.step(scale, inputs, condition, schedule, cache, after_block)
+            return self._transformer.step(scale, inputs, condition, schedule, cache, after_block, kept)
         if known.recording is None:
             known.recording = self._new_recording()
             known.inputs = None if inputs is None else inputs.clone()
+            known.kept = None if kept is None else kept.clone()
             known.logits = known.recording.record(
-                lambda: self._transformer.step(scale, known.inputs, condition, schedule, cache, after_block)
+                lambda: self._transformer.step(
+                    scale, known.inputs, condition, schedule, cache, after_block, known.kept
+                )
             )
         if inputs is not None:
             assert known.inputs is not None
             known.inputs.copy_(inputs)
+        if kept is not None:
+            assert known.kept is not None
+            known.kept.copy_(kept)
         known.recording.replay()
         assert known.logits is not None
         return known.logits

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitgen_cli.engine.scales import Schedule
+from bitgen_cli.engine.scales import Schedule, consecutive
 
 LONG = 1024
 """Positions from which a GPU computes longer than it takes to tell it what."""
@@ -38,6 +38,10 @@ class Rope:
 
     def __getitem__(self, positions: slice) -> Rope:
         return Rope(self.cos[positions], self.sin[positions], self.turns[positions])
+
+    def at(self, kept: Tensor) -> Rope:
+        """Of some positions of each picture, kept (B, p): tables (B, 1, p, E/2)."""
+        return Rope(*(table[kept].unsqueeze(1) for table in (self.cos, self.sin, self.turns)))
 
 
 def _rope_angles(schedule: Schedule, head_channels: int) -> Tensor:
@@ -127,14 +131,25 @@ class KVCache:
     Args:
         depth: blocks.
         batch, heads, channels: of the (B, N, l, E) tensors.
-        length: positions of all scales but the last.
+        counts: positions of each scale that go through the blocks.
         device, dtype: where and as what.
+
+    Attributes:
+        slices: where each scale's keys and values lie.
     """
 
     def __init__(
-        self, depth: int, batch: int, heads: int, length: int, channels: int, device: torch.device, dtype: torch.dtype
+        self,
+        depth: int,
+        batch: int,
+        heads: int,
+        counts: Sequence[int],
+        channels: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
-        shape = (depth, 2, batch, heads, length, channels)
+        self.slices = consecutive(counts)
+        shape = (depth, 2, batch, heads, sum(counts[:-1]), channels)
         self._store = torch.empty(shape, device=device, dtype=dtype)
 
     def extend(self, block: int, positions: slice, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

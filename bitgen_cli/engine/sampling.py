@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitgen_cli.config import SamplingConfig
-from bitgen_cli.engine import pyramid
+from bitgen_cli.engine import pruning, pyramid
 from bitgen_cli.engine.active_bits import logits_in_use, widened_positions
 from bitgen_cli.engine.bits import codes, to_grid, to_positions
 from bitgen_cli.engine.scales import Schedule
@@ -39,6 +39,7 @@ class SamplingPlan:
         top_p: the lesser value is dropped when its probability is at most 1 - top_p.
         confidence: where it is given, each picture's temperature at each scale is the one with which its bits are so
             sure on average, and tau plays no part.
+        fast: how much is left out on late scales (pruning.py); 0 is nothing.
     """
 
     cfg: tuple[float, ...]
@@ -47,6 +48,7 @@ class SamplingPlan:
     top_k: int
     top_p: float
     confidence: float | None = None
+    fast: int = 0
 
 
 def plan(config: SamplingConfig, scales: int) -> SamplingPlan:
@@ -63,6 +65,7 @@ def plan(config: SamplingConfig, scales: int) -> SamplingPlan:
         top_k=config.top_k,
         top_p=config.top_p,
         confidence=config.target_confidence,
+        fast=config.fast,
     )
 
 
@@ -183,27 +186,40 @@ def draw_bits(
     every = transformer.bits_per_position
     drawn = every if bits is None else bits * schedule.cell**2
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    guided_scales = [k for k, cfg in enumerate(plan.cfg) if cfg != 1]
+    cfgs, taus = pruning.unguided(plan.cfg, plan.tau, pruning.late_scales(schedule, plan.fast))
+    counts = pruning.kept_counts(schedule, plan.fast)
+    guided_scales = [k for k, cfg in enumerate(cfgs) if cfg != 1]
     last_guided = max(guided_scales, default=-1)
     if guided_scales:
         text = TextFeatures.join([text, negative or transformer.null_features(text.lengths)])
     condition = transformer.condition(text)
-    cache = transformer.new_cache(len(text.lengths), schedule)
+    cache = transformer.new_cache(len(text.lengths), schedule, counts)
     total: Tensor | None = None
+    before: Tensor | None = None
     grids: list[Tensor] = []
     for k, size in enumerate(schedule.sizes):
         rows = 2 * batch if k <= last_guided else batch
         if rows < condition.pooled.shape[0]:
             condition = condition.first(rows)
-        inputs = None
+        inputs = kept = None
         if total is not None:
             seen = pyramid.next_input(total, schedule.latent_sizes[k])
-            inputs = widened_positions(to_positions(seen, schedule.cell), every).repeat(rows // batch, 1, 1)
-        cfg = plan.cfg[k]
+            inputs = widened_positions(to_positions(seen, schedule.cell), every)
+            if counts[k] < schedule.counts[k]:
+                kept = pruning.pivotal(seen, counts[k], schedule.cell)
+                inputs = pruning.gather(inputs, kept)
+            inputs = inputs.repeat(rows // batch, 1, 1)
+        cfg = cfgs[k]
         at_blocks = _guide_at_blocks(cfg, plan.cfg_layers, transformer.depth)
-        logits = logits_in_use(transformer.step(k, inputs, condition, schedule, cache, at_blocks), drawn)
+        kept_of_rows = None if kept is None else kept.repeat(rows // batch, 1)
+        logits = transformer.step(k, inputs, condition, schedule, cache, at_blocks, kept_of_rows)
+        logits = logits_in_use(logits, drawn)
         logits = guide(logits, cfg) if cfg != 1 and 0 in plan.cfg_layers else logits[:batch]
-        logits = logits / (plan.tau[k] if plan.confidence is None else temperatures(logits, plan.confidence))
+        logits = logits / (taus[k] if plan.confidence is None else temperatures(logits, plan.confidence))
+        if kept is not None:
+            assert before is not None
+            logits = pruning.restored(logits, kept, before, schedule.sizes[k - 1], size)
+        before = logits
         if on_logits is not None:
             on_logits(k, logits)
         chosen = choose_bits(bit_probabilities(logits, plan.top_k, plan.top_p), generators)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import accumulate
 
 from bitgen_cli.config import ScalesConfig
 from bitgen_cli.errors import UsageError
@@ -81,8 +82,7 @@ class Schedule:
     @cached_property
     def slices(self) -> tuple[slice, ...]:
         """Where each scale lies in the sequence of all positions."""
-        ends = [sum(self.counts[: k + 1]) for k in range(len(self))]
-        return tuple(slice(end - count, end) for end, count in zip(ends, self.counts, strict=True))
+        return consecutive(self.counts)
 
     @property
     def positions(self) -> int:
@@ -98,6 +98,11 @@ class Schedule:
         """Height and width of the picture in pixels, for a tokenizer of that patch size."""
         h, w = self.latent_sizes[-1]
         return h * patch_size, w * patch_size
+
+
+def consecutive(counts: Sequence[int]) -> tuple[slice, ...]:
+    """Where parts of these lengths lie one after the other."""
+    return tuple(slice(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True))
 
 
 def ratios(config: ScalesConfig) -> tuple[float, ...]:

@@ -100,7 +100,7 @@ class Predictor(Protocol):
 
     def condition(self, text: TextFeatures) -> Condition: ...
 
-    def new_cache(self, batch: int, schedule: Schedule) -> KVCache: ...
+    def new_cache(self, batch: int, schedule: Schedule, counts: Sequence[int] | None = None) -> KVCache: ...
 
     def step(
         self,
@@ -110,6 +110,7 @@ class Predictor(Protocol):
         schedule: Schedule,
         cache: KVCache,
         after_block: AfterBlock | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -235,35 +236,40 @@ class Transformer(nn.Module):
         schedule: Schedule,
         cache: KVCache,
         after_block: AfterBlock | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Logits of one scale; the cache holds the coarser ones and gets this one.
 
         Args:
             scale: index of the scale.
-            inputs: (B, h*w, K) the sum so far at this scale's size; None at scale 0.
+            inputs: (B, l, K) the sum so far at this scale's size; None at scale 0.
             condition: of B prompts.
             schedule: scales of the batch.
             cache: from `new_cache`.
             after_block: guidance at a layer.
+            kept: (B, l) the positions that are predicted (pruning.py), as many as the cache was made for; None
+                predicts all, l = h*w.
 
         Returns:
-            (B, h*w, 2K).
+            (B, l, 2K).
         """
         x = self._start(condition.pooled) if inputs is None else self.bit_embedding(inputs.to(self.dtype)).float()
         x = x + self.scale_embedding.weight[scale]
-        positions = schedule.slices[scale]
-        rope = self.rope(schedule)[positions]
+        rope = self.rope(schedule)[schedule.slices[scale]]
+        if kept is not None:
+            rope = rope.at(kept)
         for index, block in enumerate(self.in_turn(self.each_block)):
-            x = block.step(x, condition.modulation, condition.text[index], rope, cache, index, positions)
+            x = block.step(x, condition.modulation, condition.text[index], rope, cache, index, cache.slices[scale])
             if after_block is not None:
                 x = after_block(x, index)
         return self._logits(x, condition.head_modulation)
 
-    def new_cache(self, batch: int, schedule: Schedule) -> KVCache:
-        """An empty cache for a batch of that many rows."""
+    def new_cache(self, batch: int, schedule: Schedule, counts: Sequence[int] | None = None) -> KVCache:
+        """An empty cache for a batch of that many rows, and `counts` positions of each scale; None is all of them."""
         heads = self.config.heads
         channels = self.config.width // heads
-        return KVCache(len(self.blocks), batch, heads, schedule.kept_positions, channels, self.device, self.dtype)
+        counts = schedule.counts if counts is None else counts
+        return KVCache(len(self.blocks), batch, heads, counts, channels, self.device, self.dtype)
 
     def _start(self, pooled: Tensor) -> Tensor:
         return pooled.float()[:, None] + self.start

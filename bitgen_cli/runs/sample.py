@@ -57,6 +57,7 @@ LINE_KEYS: dict[str, type | tuple[type, ...]] = {
     "target_confidence": (int, float),
     "top_k": int,
     "top_p": (int, float),
+    "fast": int,
 }  # fmt: skip
 """What a line of a JSONL prompt file may say, and the types it may say it in."""
 
@@ -74,6 +75,7 @@ class SampleOptions:
         seed: of each prompt's first picture, the next ones count up; None draws one.
         cfg, tau: a number, or one per scale with commas.
         cfg_layer, target_confidence, top_k, top_p: as in the sampling section of the configuration.
+        fast: from 0, all of the work, to 3.
         greedy: top_k 1.
         negative_prompt: what guidance leads away from.
         aspect: W:H.
@@ -103,6 +105,7 @@ class SampleOptions:
     target_confidence: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    fast: int | None = None
     greedy: bool = False
     negative_prompt: str | None = None
     aspect: str | None = None
@@ -362,6 +365,7 @@ def chosen_sampling(options: SampleOptions, model: Model) -> SamplingConfig:
         "target_confidence": options.target_confidence,
         "top_k": 1 if options.greedy else options.top_k,
         "top_p": options.top_p,
+        "fast": options.fast,
     }
     if options.greedy and options.top_k not in (None, 1):
         raise UsageError(f"--greedy is --top-k 1 and cannot go with --top-k {options.top_k}")

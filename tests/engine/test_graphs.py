@@ -69,6 +69,19 @@ def test_recordings_draw_the_bits_of_the_transformer(model: Transformer, scales:
     assert 0 < Rerun.made < Rerun.replays
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_recordings_follow_the_positions_that_are_predicted(model: Transformer, layer: int) -> None:
+    sizes = ((1, 1), (4, 4), (8, 8), (10, 10))
+    scales, recorded = Schedule(1.0, sizes, sizes[-1]), RecordedTransformer(model, lambda: Rerun)
+    for fast in (1, 1, 1, 3, 3, 3, 0, 0, 0):
+        how = plan(SamplingConfig(cfg_layer=layer, fast=fast), len(scales))
+        seeds = [Rerun.replays, 7]
+        expected = draw_bits(model, tiny.text(2), scales, how, seeds)
+        found = draw_bits(recorded, tiny.text(2), scales, how, seeds)
+        assert all(map(torch.equal, expected.bits, found.bits))
+    assert 0 < Rerun.made < Rerun.replays
+
+
 def test_nothing_is_recorded_for_one_picture(model: Transformer, scales: Schedule) -> None:
     recorded = RecordedTransformer(model, lambda: Rerun)
     draw_bits(recorded, tiny.text(1), scales, plan(SamplingConfig(), len(scales)), [0])

@@ -189,7 +189,8 @@ def test_the_manifest_tells_everything(model: Path) -> None:
         "templates": ["a {class}", "a photo of a {class}", "one {class}", "the {class}"],
         "seed": 0,
         "sampling": {
-            "cfg": 2.0, "cfg_layer": 0, "tau": [1.0, 0.5, 0.5], "target_confidence": None, "top_k": 0, "top_p": 1.0
+            "cfg": 2.0, "cfg_layer": 0, "tau": [1.0, 0.5, 0.5], "target_confidence": None, "top_k": 0, "top_p": 1.0,
+            "fast": 0,
         },
         "size": [16, 16],
     }

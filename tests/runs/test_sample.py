@@ -167,6 +167,18 @@ def test_a_target_confidence_takes_the_place_of_the_temperature(model: str) -> N
     assert pixels(lively) != pixels(plain)
 
 
+def test_what_is_left_out_stands_in_the_recipe(model: str, tmp_path: Path) -> None:
+    lines = ('{"prompt": "a dog", "fast": 2}', '{"prompt": "a dog"}', '{"prompt": "a dog", "fast": 0}')
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    pictures = sample(
+        SampleOptions(prompts_file=str(tmp_path / "p.jsonl"), model=model, seed=1, fast=3, output="f/"), Silent()
+    ).pictures
+    assert [picture.recipe["fast"] for picture in pictures] == [2, 3, 0]
+    (whole,) = draw(model, "a dog", seed=1)
+    assert whole.recipe["fast"] == 0
+    assert pixels(pictures[2]) == pixels(whole) != pixels(pictures[1])
+
+
 def test_a_long_prompt_is_cut_with_a_notice(model: str) -> None:
     report = Silent()
     sample(SampleOptions(prompts=("a red dog on the moon " * 9,), model=model, seed=1), report)
@@ -194,6 +206,7 @@ def test_a_long_prompt_is_cut_with_a_notice(model: str) -> None:
         ({"prompts": ("a",), "greedy": True, "target_confidence": 0.8}, UsageError, "target_confidence"),
         ({"prompts": ("a",), "tau": "1", "target_confidence": 0.8}, UsageError, "--target-confidence"),
         ({"prompts": ("a",), "target_confidence": 0.4}, ConfigError, "target_confidence"),
+        ({"prompts": ("a",), "fast": 4}, ConfigError, "sampling.fast"),
         ({"prompts_file": "missing.txt"}, InputError, "missing.txt"),
     ],
 )
