@@ -20,22 +20,24 @@ from bitgen_cli.engine.autoencoder import Decoder, ResBlock, Upsample
 from bitgen_cli.engine.convolution import only_infers
 from bitgen_cli.engine.group_norm import Affine, affine_of
 
-BAND = 1 << 22
-"""Numbers a band has at most, unless one row has more: enough to keep a GPU busy, few beside a large picture."""
+BAND, GPU_BAND = 1 << 22, 1 << 24
+"""Numbers a band has at most, unless one row has more: few beside a large picture, and enough to keep a GPU busy."""
 
 Bands = deque[Tensor]
 """A picture from top to bottom. Heights may differ."""
 
 
 @torch.no_grad()
-def decode_in_bands(decoder: Decoder, total: Tensor, numbers: int = BAND) -> Tensor:
+def decode_in_bands(decoder: Decoder, total: Tensor, numbers: int | None = None) -> Tensor:
     """Image (B, 3, height, width) in [-1, 1]: `Autoencoder.decode` up to rounding, one picture after the other.
 
     Args:
         decoder: of the autoencoder. No gradient flows through bands.
         total: quantised sum (B, C, H, W).
-        numbers: a band has at most, unless one row has more.
+        numbers: a band has at most, unless one row has more; None is what suits the device.
     """
+    if numbers is None:
+        numbers = GPU_BAND if total.device.type == "cuda" else BAND
     images = [_decoded(decoder, one, numbers) for one in torch.split(total, 1)]
     return torch.cat(images).clamp_(-1, 1).contiguous()
 
@@ -108,7 +110,8 @@ def _window(above: Tensor | None, band: Tensor, below: Tensor | None, affine: Af
         affine: of the norm; None: the pixels stay as they are.
     """
     _, channels, rows, width = band.shape
-    layout = torch.channels_last if only_infers(band) else torch.contiguous_format
+    last = only_infers(band) or band.device.type == "cuda"
+    layout = torch.channels_last if last else torch.contiguous_format
     size = (1, channels, rows + 2, width + 2)
     window = torch.empty(size, dtype=band.dtype, device=band.device, memory_format=layout)
     for side in (window[..., :1], window[..., -1:]):

@@ -16,7 +16,7 @@ from torch import nn
 
 from bitgen_cli.config import ModelConfig, TextEncoderConfig, TokenizerConfig
 from bitgen_cli.engine.autoencoder import Decoder, Encoder
-from bitgen_cli.engine.bands import BAND
+from bitgen_cli.engine.bands import BAND, GPU_BAND
 from bitgen_cli.engine.convolution import LEAST_CHANNELS, LEAST_POSITIONS
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.streaming import SETS
@@ -206,6 +206,10 @@ def sampling_memory(
     per_channel = 18 + 2 * number
     last = rows * schedule.counts[-1]
     absent = max(0, waiting - SETS) * block_parameters(model)
+    if in_bands:
+        decoded = decoder_peak_in_bands(model.tokenizer, schedule, GPU_BAND)
+    else:
+        decoded = decoder_peak(model.tokenizer, schedule)
     return SamplingMemory(
         text_encoder=(counts.text_encoder or 0) * (number if text_number is None else text_number),
         transformer=(counts.transformer - absent) * number,
@@ -214,8 +218,7 @@ def sampling_memory(
         text_cache=per_position * (geometry.text_length if tokens is None else tokens),
         transformer_work=last * (geometry.width * per_channel + 2 * geometry.ffn_width * number),
         derived=derived_weights(model.tokenizer, schedule, number, encoder=False),
-        # pictures are decoded one at a time
-        decoder_work=(decoder_peak_in_bands if in_bands else decoder_peak)(model.tokenizer, schedule) * number,
+        decoder_work=decoded * number,  # pictures are decoded one at a time
     )
 
 

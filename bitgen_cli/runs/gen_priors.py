@@ -39,7 +39,7 @@ from bitgen_cli.errors import InputError, Interrupted, UsageError
 from bitgen_cli.files import PARTIAL, data_folder, explain, read_json, write_json
 from bitgen_cli.report import Report, Task
 from bitgen_cli.runs.models import provide_model
-from bitgen_cli.runs.placement import BATCH
+from bitgen_cli.runs.placement import AT_ONCE
 from bitgen_cli.runs.prompts import Prompt, find_text_model, tell_cut, text_features
 from bitgen_cli.runs.recipes import subject_recipe
 from bitgen_cli.runs.sample import (
@@ -662,7 +662,7 @@ def _make(
     Args:
         before: pictures that are there already, for the message when the user stops.
     """
-    size = options.batch_size or BATCH
+    size = options.batch_size or AT_ONCE
     done = 0
     try:
         known = _list(place, known, [])  # a folder that cannot be written to is told before anything is drawn

@@ -314,10 +314,8 @@ def _result(
         key: {"value": value, "origin": resolved.origins[key]} for key, value in flatten(resolved.config)
     }
     picture = _picture_facts(model, scales)
-    sampling = {
-        name: sampling_memory(model, counts, scales, BYTES[name]).to_json()
-        for name in ("fp32", "bf16")  # fp16 needs what bf16 does
-    }
+    # fp16 needs what bf16 does
+    sampling = {name: _sampling_facts(model, counts, scales, BYTES[name]) for name in ("fp32", "bf16")}
     device = pick_device("auto")
     layout = Layout(device)
     stages = {
@@ -356,6 +354,13 @@ def _result(
         *([_training_table(config, training)] if any(training.values()) else []),
     ]
     return InspectResult(kind, facts, tables)
+
+
+def _sampling_facts(model: ModelConfig, counts: Parameters, scales: Schedule, number: int) -> dict[str, int]:
+    """Memory of all parts, and `offloaded`: what a GPU needs when all that can waits (runs/placement.py)."""
+    depth = model.transformer.depth
+    least = sampling_memory(model, counts, scales, number, waiting=depth, in_bands=True)
+    return {**sampling_memory(model, counts, scales, number).to_json(), "offloaded": least.total}
 
 
 def _scale_facts(model: ModelConfig, scales: Schedule) -> list[dict[str, int]]:
@@ -462,6 +467,7 @@ _SAMPLING_ROWS = {
     "transformer_work": "Work of the transformer, last scale",
     "decoder_work": "Work of the decoder, after the transformer",
     "total": "Peak",
+    "offloaded": "Peak on a GPU with --offload cpu",
 }
 
 

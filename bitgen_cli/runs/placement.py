@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
 from bitgen_cli.config import ModelConfig
+from bitgen_cli.engine.bands import BAND
 from bitgen_cli.engine.device import free_memory
 from bitgen_cli.engine.memory import Parameters, SamplingMemory, sampling_memory
 from bitgen_cli.engine.scales import Schedule
@@ -17,7 +19,7 @@ from bitgen_cli.runs.fitting import PROGRAM, size
 
 OFFLOADS = ("auto", "none", "cpu")
 """How much of a model may wait for its turn."""
-BATCH = 8
+AT_ONCE = 8
 """Pictures drawn at once when nothing else is asked for and they fit."""
 
 
@@ -60,13 +62,13 @@ class Placement:
     memory: SamplingMemory
 
     def told(self) -> str | None:
-        """What is done to make it fit, for people; None where nothing is."""
-        done: list[str] = []
-        if self.waiting:
-            done.append(f"the weights of {len(self.waiting)} blocks wait in the CPU's memory")
-        if self.in_bands:
-            done.append("pictures are decoded in bands")
-        return f"{' and '.join(done)}: about {size(self.memory.total)} of memory" if done else None
+        """What waits, for people; None where nothing does."""
+        if not self.waiting:
+            return None
+        return (
+            f"the weights of {len(self.waiting)} blocks wait in the CPU's memory; on the GPU about "
+            f"{size(self.memory.total)} are used"
+        )
 
 
 def place(wanted: Wanted, offload: str, device: torch.device) -> Placement:
@@ -96,16 +98,23 @@ def _ways(wanted: Wanted, offload: str, device: torch.device) -> Iterator[Placem
     """Ways to draw, the quicker ones first."""
     depth = wanted.model.transformer.depth
     streams = device.type == "cuda"  # elsewhere the CPU's memory is the device's
-    sizes = [wanted.batch_size] if wanted.batch_size else _halved(min(BATCH, wanted.pictures))
+    sizes = [wanted.batch_size] if wanted.batch_size else _halved(min(AT_ONCE, wanted.pictures))
     least = depth if streams and offload == "cpu" else 0
     for batch in sizes:
-        if offload != "cpu":
+        if offload == "none" or (offload == "auto" and not _is_quicker_in_bands(wanted, device)):
             yield _way(wanted, batch, 0, in_bands=False)
         if offload != "none":
             yield _way(wanted, batch, least, in_bands=True)
     if offload == "auto" and streams:
         for waiting in range(3, depth + 1):  # two sets of weights are on the device whatever waits
             yield _way(wanted, sizes[-1], waiting, in_bands=True)
+
+
+def _is_quicker_in_bands(wanted: Wanted, device: torch.device) -> bool:
+    """Whether a CPU decodes in bands: what it works on then stays nearer, if there is more than one band."""
+    channels = wanted.model.tokenizer.base_channels
+    pixels = max(prod(schedule.pixels(wanted.model.tokenizer.patch_size)) for schedule in wanted.schedules)
+    return device.type == "cpu" and channels * pixels > BAND
 
 
 def _halved(size: int) -> list[int]:

@@ -13,15 +13,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bitgen_cli.engine.device import give_back
+from bitgen_cli.config import TextEncoderConfig
+from bitgen_cli.engine.device import free_memory, give_back
+from bitgen_cli.engine.memory import BYTES, text_geometry
 from bitgen_cli.engine.model_folder import TEXT_FOLDER, Model, text_source
 from bitgen_cli.engine.subject import Worn, wearing
 from bitgen_cli.engine.text import encoder_fingerprint, text_folder
 from bitgen_cli.engine.text_cache import TextCache, TextKey
 from bitgen_cli.engine.text_precision import INT8, TextPrecision, load_text_encoder_as
 from bitgen_cli.engine.vocabulary import PromptReader, load_vocabulary
-from bitgen_cli.errors import BitgenError, InputError, UsageError
+from bitgen_cli.errors import BitgenError, InputError, ResourceError, UsageError
 from bitgen_cli.report import Report
+from bitgen_cli.runs.fitting import PROGRAM, size
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ def _encode(
     if precision.name == INT8:
         _refuse_changes(prompts.values())
     geometry = text.model.config.transformer
+    _require_memory(text.model.config.text_encoder, precision, device)
     encoder = load_text_encoder_as(precision, text.source, geometry.text_length, device, report)
     if encoder.width != geometry.text_width:
         raise InputError(
@@ -161,6 +165,21 @@ def _encode(
     del encoder, model
     give_back(device)
     return found
+
+
+def _require_memory(config: TextEncoderConfig, precision: TextPrecision, device: torch.device) -> None:
+    """Raises ResourceError where a text encoder does not fit."""
+    known, free = text_geometry(config), free_memory(device)
+    if known is None or free is None:
+        return
+    number = 1 if precision.name == INT8 else BYTES[precision.name]
+    needs = known.parameters * number + PROGRAM
+    if needs > free:
+        less = {"fp32": "--text-dtype bf16 or int8", "bf16": "--text-dtype int8"}.get(precision.name)
+        raise ResourceError(
+            f"the text encoder needs about {size(needs)} of memory in {precision.name}, {device} has {size(free)} free",
+            less,
+        )
 
 
 def _refuse_changes(prompts: Iterable[Prompt]) -> None:
