@@ -30,6 +30,7 @@ from bitgen_cli.config import SamplingConfig, SubjectTraining
 from bitgen_cli.engine.captions import captions_beside
 from bitgen_cli.engine.data import SUFFIXES, picture_size, to_pil, to_uint8
 from bitgen_cli.engine.device import keep_freed_memory, pick_device
+from bitgen_cli.engine.memory import parameters
 from bitgen_cli.engine.model_folder import BUILT_IN, TRANSFORMER_FILE, Model, fingerprint, load_model, read_model_config
 from bitgen_cli.engine.sampling import draw_bits, plan
 from bitgen_cli.engine.scales import Schedule, nearest_ratio, schedule
@@ -39,7 +40,7 @@ from bitgen_cli.errors import InputError, Interrupted, UsageError
 from bitgen_cli.files import PARTIAL, data_folder, explain, read_json, write_json
 from bitgen_cli.report import Report, Task
 from bitgen_cli.runs.models import provide_model
-from bitgen_cli.runs.placement import AT_ONCE
+from bitgen_cli.runs.placement import AT_ONCE, Wanted, place
 from bitgen_cli.runs.prompts import Prompt, find_text_model, tell_cut, text_features
 from bitgen_cli.runs.recipes import subject_recipe
 from bitgen_cli.runs.sample import (
@@ -242,7 +243,7 @@ def gen_priors(options: PriorOptions, report: Report, model: Model | None = None
     _tell(place, report, reused=reused, own=len(own), bad=bad, done=not due)
     if due:
         artist = _artist(options, base, known.sampling, scales, [one.prompt for one in due], report)
-        known = _make(place, known, due, artist, options, report, before=reused + len(own))
+        known = _make(place, known, due, artist, report, before=reused + len(own))
     return PriorResult(
         folder=place,
         class_word=wanted.class_word,
@@ -533,13 +534,24 @@ def _tell(place: Path, report: Report, *, reused: int, own: int, bad: Mapping[st
 
 @dataclass(frozen=True)
 class _Artist:
-    """A loaded model, what recipes call it, the text features (T, width) of its prompts, and how it draws."""
+    """A loaded model, and how it draws.
+
+    Attributes:
+        model: with its weights.
+        name: what recipes call it.
+        features: text features (T, width) of its prompts.
+        sampling, scales: of all pictures.
+        batch_size: pictures drawn at once.
+        in_bands: whether they are decoded in bands of rows.
+    """
 
     model: Model
     name: str
     features: Mapping[str, Tensor]
     sampling: SamplingConfig
     scales: Schedule
+    batch_size: int
+    in_bands: bool = False
 
     @torch.inference_mode()
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], task: Task) -> list[Image.Image]:
@@ -562,7 +574,7 @@ class _Artist:
             on_scale=lambda scale: task.status(f"scale {scale + 1} of {scales}"),
         )
         total = drawn.total.to(next(tokenizer.parameters()).dtype)
-        images = [tokenizer.decode(one) for one in torch.split(total, 1)]
+        images = [tokenizer.decode(one, in_bands=self.in_bands) for one in torch.split(total, 1)]
         return [to_pil(to_uint8(image[0])) for image in images]
 
     def recipe(self, prompt: str, seed: int, image: Image.Image) -> dict[str, Any]:
@@ -594,18 +606,28 @@ def _artist(
 
     Raises:
         InputError: it has no transformer or text encoder.
+        ResourceError: it does not fit.
     """
-    prompts, name = list(dict.fromkeys(prompts)), _name(options, base)
+    pictures, prompts, name = len(prompts), list(dict.fromkeys(prompts)), _name(options, base)
+    batch_size, in_bands = options.batch_size or AT_ONCE, False
     if base.tokenizer is None and (base.folder / TRANSFORMER_FILE).is_file():
         keep_freed_memory()
         device = pick_device(options.device)
         dtype = drawing_dtype(options.dtype, base.folder, device)
         text, precision = find_text_model(base, report), pick_text_precision("auto", dtype, device)
         tell_cut(prompts, text.reader, report)
+        tokens = max(map(len, text.reader.tokenise(prompts)))
+        counts = parameters(base.config)
+        wanted = Wanted(base.config, counts, [scales], pictures, options.batch_size, dtype.itemsize, tokens)
+        placement = place(wanted, "auto", device)
+        batch_size, in_bands = placement.batch_size, placement.in_bands
         rows = text_features(
             text, [Prompt(prompt) for prompt in prompts], precision, device, report, cached=options.text_cache
         )
-        model = load_model(base.folder, device=device, dtype=dtype, parts=("tokenizer", "transformer"))
+        parts, waiting = ("tokenizer", "transformer"), placement.waiting
+        model = load_model(base.folder, device=device, dtype=dtype, parts=parts, waiting=waiting)
+        if (told := placement.told()) is not None:
+            report.notice(told)
     elif base.transformer is None or base.text_encoder is None or base.tokenizer is None:
         raise InputError(f"the model {options.model} has no transformer and text encoder yet", "bitgen train makes one")
     else:
@@ -613,7 +635,7 @@ def _artist(
         tell_cut(prompts, base.text_encoder, report)
         with torch.inference_mode():
             rows = base.text_encoder.encode_alone(prompts)
-    return _Artist(model, name, dict(zip(prompts, rows, strict=True)), sampling, scales)
+    return _Artist(model, name, dict(zip(prompts, rows, strict=True)), sampling, scales, batch_size, in_bands)
 
 
 @dataclass(frozen=True)
@@ -652,7 +674,6 @@ def _make(
     known: Manifest,
     due: Sequence[_Due],
     artist: _Artist,
-    options: PriorOptions,
     report: Report,
     *,
     before: int,
@@ -662,13 +683,12 @@ def _make(
     Args:
         before: pictures that are there already, for the message when the user stops.
     """
-    size = options.batch_size or AT_ONCE
     done = 0
     try:
         known = _list(place, known, [])  # a folder that cannot be written to is told before anything is drawn
         with report.task(f"pictures of {known.class_word}", len(due)) as task:
-            for start in range(0, len(due), size):
-                some = due[start : start + size]
+            for start in range(0, len(due), artist.batch_size):
+                some = due[start : start + artist.batch_size]
                 images = artist.draw([one.prompt for one in some], [one.seed for one in some], task)
                 known = _write(place, known, some, images, artist)
                 done += len(some)
