@@ -12,9 +12,11 @@ from torch import nn
 from bitgen_cli.config import Config, TextEncoderConfig
 from bitgen_cli.engine import memory
 from bitgen_cli.engine.convolution import Conv3, DoublingConv3
+from bitgen_cli.engine.rehearsal import Watched, infer
+from bitgen_cli.engine.sampling import draw_bits, plan
 from bitgen_cli.engine.scales import Schedule, schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
-from bitgen_cli.engine.transformer import Transformer
+from bitgen_cli.engine.transformer import TextFeatures, Transformer
 from bitgen_cli.errors import InputError
 from bitgen_cli.presets import resolve
 
@@ -114,3 +116,20 @@ def test_store_bytes() -> None:
     model = resolve("infinity-8b", environment={}).config.model
     scales = schedule(model.scales, patchify=True, resolution="0.06M")
     assert memory.store_bytes(model, scales) == memory.StoreBytes(521 * 7, 14 * 32 * 32 * 2)
+
+
+@pytest.mark.parametrize("preset", ["infinity-2b", "infinity-8b"])
+def test_drawing_at_1024_holds_what_is_estimated(preset: str) -> None:
+    """The engine's own walk on tensors without contents, with few of the blocks. A GPU held 0.4 % more with all."""
+    config = resolve(preset, environment={}).config
+    model = memory.with_depth(config.model, 3)
+    scales = schedule(model.scales, patchify=model.transformer.patchify)
+    how = plan(config.sampling, len(scales))
+    with torch.device("meta"):
+        transformer = Transformer(model).to(torch.bfloat16).eval().requires_grad_(False)
+        text = TextFeatures(torch.zeros(1, 20, model.transformer.text_width, dtype=torch.bfloat16), (20,))
+    with Watched() as watched:
+        drawn = infer(watched, transformer, lambda: draw_bits(transformer, text, scales, how, [0]))
+    found = memory.sampling_memory(model, memory.parameters(model), scales, memory.BF16, tokens=20)
+    held = found.kv_cache + found.text_cache + found.transformer_work
+    assert drawn == pytest.approx(held, rel=0.05)
