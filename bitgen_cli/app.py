@@ -329,7 +329,7 @@ def sample(
 ) -> None:
     """Draw pictures from prompts."""
     from bitgen_cli import console
-    from bitgen_cli.runs.sample import SampleOptions
+    from bitgen_cli.runs.jobs import SampleOptions
     from bitgen_cli.runs.sample import sample as draw
 
     options = SampleOptions(

@@ -85,6 +85,11 @@ def find_model(name: str) -> Path:
     raise InputError(f"{name} holds no model: {TOKENIZER_FILE} is missing", "has the run saved one yet?")
 
 
+def model_name(folder: Path) -> str:
+    """What a model folder is called: its own name, or that of the run it lies in."""
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
 def fingerprint(path: Path) -> str:
     """The sha256 of a file, or of the files of a folder (names and contents), as 64 hexadecimal digits."""
     digest = hashlib.sha256()

@@ -31,7 +31,15 @@ from bitgen_cli.engine.captions import captions_beside
 from bitgen_cli.engine.data import SUFFIXES, picture_size, to_pil, to_uint8
 from bitgen_cli.engine.device import keep_freed_memory, pick_device
 from bitgen_cli.engine.memory import parameters
-from bitgen_cli.engine.model_folder import BUILT_IN, TRANSFORMER_FILE, Model, fingerprint, load_model, read_model_config
+from bitgen_cli.engine.model_folder import (
+    BUILT_IN,
+    TRANSFORMER_FILE,
+    Model,
+    fingerprint,
+    load_model,
+    model_name,
+    read_model_config,
+)
 from bitgen_cli.engine.sampling import draw_bits, plan
 from bitgen_cli.engine.scales import Schedule, nearest_ratio, schedule
 from bitgen_cli.engine.text_precision import pick_text_precision
@@ -39,19 +47,13 @@ from bitgen_cli.engine.transformer import TextFeatures
 from bitgen_cli.errors import InputError, Interrupted, UsageError
 from bitgen_cli.files import PARTIAL, data_folder, explain, read_json, write_json
 from bitgen_cli.report import Report, Task
+from bitgen_cli.runs.drawing import drawing_dtype
+from bitgen_cli.runs.jobs import SampleOptions, chosen_sampling
 from bitgen_cli.runs.models import provide_model
+from bitgen_cli.runs.output import base_recipe, slug, write_picture
 from bitgen_cli.runs.placement import AT_ONCE, Wanted, place
 from bitgen_cli.runs.prompts import Prompt, find_text_model, tell_cut, text_features
 from bitgen_cli.runs.recipes import subject_recipe
-from bitgen_cli.runs.sample import (
-    SampleOptions,
-    base_recipe,
-    chosen_sampling,
-    drawing_dtype,
-    parts_name,
-    slug,
-    write_picture,
-)
 
 MANIFEST = "manifest.json"
 CLASS = "{class}"
@@ -366,7 +368,7 @@ def _without_weights(name: str, report: Report) -> Model:
 
 def _name(options: PriorOptions, model: Model) -> str:
     """What the base model is called in recipes, wherever it lies."""
-    return options.model if options.model == BUILT_IN else parts_name(model.folder)
+    return options.model if options.model == BUILT_IN else model_name(model.folder)
 
 
 def _wanted(options: PriorOptions, model: Model) -> tuple[Manifest, Schedule]:

@@ -34,7 +34,8 @@ from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import Predictor, TextFeatures, Transformer
 from bitgen_cli.presets import resolve
 from bitgen_cli.report import Silent
-from bitgen_cli.runs.sample import SampleOptions, sample
+from bitgen_cli.runs.jobs import SampleOptions
+from bitgen_cli.runs.sample import sample
 from tests.benchmarks.sampling import GUIDANCE, PROMPT_LENGTH, plain_draw
 
 GIB = 1 << 30

@@ -272,7 +272,7 @@ def test_no_control_characters_without_a_terminal(
 
 
 def test_sample_hands_everything_over(fake: Fake) -> None:
-    from bitgen_cli.runs.sample import SampleOptions
+    from bitgen_cli.runs.jobs import SampleOptions
 
     calls = fake("sample", "sample", sampled(picture("a.png", 1)))
     line = (

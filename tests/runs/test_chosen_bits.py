@@ -21,8 +21,9 @@ from bitgen_cli.engine.store import TokenStore
 from bitgen_cli.errors import Interrupted, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.inspect_config import InspectOptions, inspect
+from bitgen_cli.runs.jobs import SampleOptions
 from bitgen_cli.runs.resume import resume
-from bitgen_cli.runs.sample import SampleOptions, sample
+from bitgen_cli.runs.sample import sample
 from bitgen_cli.runs.start import Init
 from bitgen_cli.runs.tokenize import TokenizeOptions, tokenize
 from bitgen_cli.runs.train import TrainOptions, train

@@ -36,8 +36,9 @@ from bitgen_cli.runs.finetune_subject import (
 from bitgen_cli.runs.fitting import PROGRAM
 from bitgen_cli.runs.gen_priors import PriorOptions, gen_priors, read_manifest
 from bitgen_cli.runs.inspect_config import InspectOptions, inspect
+from bitgen_cli.runs.jobs import SampleOptions
 from bitgen_cli.runs.resume import resume
-from bitgen_cli.runs.sample import SampledPicture, SampleOptions, sample
+from bitgen_cli.runs.sample import SampledPicture, sample
 from bitgen_cli.runs.subject_material import views
 
 FLAGS: dict[str, Any] = {

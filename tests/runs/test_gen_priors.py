@@ -33,7 +33,8 @@ from bitgen_cli.runs.gen_priors import (
     read_priors,
     with_article,
 )
-from bitgen_cli.runs.sample import SampleOptions, sample
+from bitgen_cli.runs.jobs import SampleOptions
+from bitgen_cli.runs.sample import sample
 
 CONFIG = ModelConfig.model_validate(
     {

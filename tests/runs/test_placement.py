@@ -15,8 +15,9 @@ from bitgen_cli.presets import resolve
 from bitgen_cli.report import Silent
 from bitgen_cli.runs import placement, prompts
 from bitgen_cli.runs.fitting import PROGRAM
+from bitgen_cli.runs.jobs import SampleOptions
 from bitgen_cli.runs.placement import AT_ONCE, Placement, Wanted, place
-from bitgen_cli.runs.sample import SampleOptions, sample
+from bitgen_cli.runs.sample import sample
 
 GIB = 1 << 30
 CONTEXT = 0.6
@@ -106,7 +107,7 @@ def test_what_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sample_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(placement, "free_memory", lambda _: PROGRAM)
-    monkeypatch.setattr("bitgen_cli.runs.sample.load_model", only_configuration)
+    monkeypatch.setattr("bitgen_cli.runs.drawing.load_model", only_configuration)
     options = SampleOptions(prompts=("a red dog",), output=str(tmp_path / "a.png"), seed=1)
     with pytest.raises(ResourceError, match="drawing needs about"):
         sample(options, Silent())

@@ -25,10 +25,12 @@ from bitgen_cli.engine.text_cache import TextCache
 from bitgen_cli.engine.text_precision import TextPrecision, load_text_encoder_as, pick_text_precision
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Silent
+from bitgen_cli.runs import drawing
 from bitgen_cli.runs import prompts as module
 from bitgen_cli.runs.gen_priors import PriorOptions, gen_priors
+from bitgen_cli.runs.jobs import SampleOptions
 from bitgen_cli.runs.prompts import Prompt, TextModel, find_text_model, text_features
-from bitgen_cli.runs.sample import SampledPicture, SampleOptions, sample
+from bitgen_cli.runs.sample import SampledPicture, sample
 
 CPU = torch.device("cpu")
 FP32 = TextPrecision("fp32", torch.float32)
@@ -190,8 +192,6 @@ def test_the_encoder_is_gone_before_the_transformer_comes(folder: Path, monkeypa
         if "transformer" in named["parts"]:
             assert [found() for found in alive] == [None]
         return load_model(*given, **named)
-
-    from bitgen_cli.runs import sample as drawing
 
     monkeypatch.setattr(module, "load_text_encoder_as", load)
     monkeypatch.setattr(drawing, "load_model", check)

@@ -18,7 +18,9 @@ from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import BitgenError, ConfigError, InputError, ResourceError, UsageError
 from bitgen_cli.report import Silent
-from bitgen_cli.runs.sample import SampledPicture, SampleOptions, sample, slug
+from bitgen_cli.runs.jobs import SampleOptions
+from bitgen_cli.runs.output import slug
+from bitgen_cli.runs.sample import SampledPicture, sample
 
 CONFIG = ModelConfig.model_validate(
     {

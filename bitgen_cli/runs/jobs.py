@@ -1,0 +1,269 @@
+"""What to draw: options, prompt files, and the pictures that follow from them; nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bitgen_cli.config import SamplingConfig
+from bitgen_cli.engine.active_bits import bits_in_use
+from bitgen_cli.engine.model_folder import Model, model_name
+from bitgen_cli.engine.sampling import plan
+from bitgen_cli.engine.scales import Schedule, buckets, ratios, schedule
+from bitgen_cli.engine.subject import Subject, Worn, choose_subjects, find_subject
+from bitgen_cli.engine.vocabulary import PromptReader
+from bitgen_cli.errors import InputError, UsageError
+from bitgen_cli.files import explain
+from bitgen_cli.presets import resolve_stored
+
+LINE_KEYS: dict[str, type | tuple[type, ...]] = {
+    "prompt": str,
+    "negative_prompt": str,
+    "seed": int,
+    "num_images": int,
+    "aspect": str,
+    "resolution": str,
+    "bits": int,
+    "output": str,
+    "cfg": (int, float, list),
+    "cfg_layer": (int, list),
+    "tau": (int, float, list),
+    "target_confidence": (int, float),
+    "top_k": int,
+    "top_p": (int, float),
+    "fast": int,
+}  # fmt: skip
+"""What a line of a JSONL prompt file may say, and the types it may say it in."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What to draw and how; None leaves a value to the model's own defaults.
+
+    Attributes:
+        prompts: a picture, or `num_images` of them, for each.
+        prompts_file: more prompts, one a line or JSON lines with options of their own; `-` is stdin.
+        model: as in models.provide_model.
+        num_images: per prompt.
+        batch_size: pictures drawn at once; no influence on them. None takes as many as fit.
+        seed: of each prompt's first picture, the next ones count up; None draws one.
+        cfg, tau: a number, or one per scale with commas.
+        cfg_layer, target_confidence, top_k, top_p: as in the sampling section of the configuration.
+        fast: from 0, all of the work, to 3.
+        greedy: top_k 1.
+        negative_prompt: what guidance leads away from.
+        aspect: W:H.
+        resolution: pixel budget of a published schedule.
+        bits: per latent position, the first ones; None draws as many as the model was trained for.
+        subjects: NAME or FILE, with :SCALE or without; those whose tokens stand in a prompt are found anyway.
+        output: a file, a folder, or a template with {prompt}, {seed}, {index}, {model}.
+        grid: also writes all pictures as one.
+        metadata: whether pictures carry their recipe.
+        device, dtype: as in engine.device.
+        offload: what may wait in the CPU's memory, as in runs.placement.
+        compile: records scales as CUDA graphs (engine.graphs).
+        text_dtype: of the text encoder, as in engine.text_precision.
+        text_cache: whether text features are kept on disk, and taken from there.
+        overrides: sampling.KEY=VALUE.
+    """
+
+    prompts: tuple[str, ...] = ()
+    prompts_file: str | None = None
+    model: str = "demo"
+    num_images: int = 1
+    batch_size: int | None = None
+    seed: int | None = None
+    cfg: str | None = None
+    cfg_layer: int | None = None
+    tau: str | None = None
+    target_confidence: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    fast: int | None = None
+    greedy: bool = False
+    negative_prompt: str | None = None
+    aspect: str | None = None
+    resolution: str | None = None
+    bits: int | None = None
+    subjects: tuple[str, ...] = ()
+    output: str | None = None
+    grid: bool = False
+    metadata: bool = True
+    device: str = "auto"
+    dtype: str = "auto"
+    offload: str = "auto"
+    compile: bool = False
+    text_dtype: str = "auto"
+    text_cache: bool = True
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw."""
+
+    prompt: str
+    negative: str | None
+    seed: int
+    sampling: SamplingConfig
+    schedule: Schedule
+    resolution: str | None
+    bits: int
+    output: str | None
+    subjects: tuple[Worn, ...]
+
+    def together(self) -> tuple[object, ...]:
+        """Pictures with the same value are drawn in one batch."""
+        worn = tuple((worn.subject.file, worn.scale) for worn in self.subjects)
+        return self.sampling.model_dump_json(), self.schedule, self.bits, self.negative is None, worn
+
+
+
+def requested(options: SampleOptions) -> Iterator[SampleOptions]:
+    """The options of every prompt: those of the command line, with what its line of the prompt file says on top."""
+    for prompt in options.prompts:
+        yield replace(options, prompts=(prompt,))
+    if options.prompts_file is None:
+        return
+    name = "standard input" if options.prompts_file == "-" else options.prompts_file
+    for number, line in enumerate(_read_lines(options.prompts_file), 1):
+        if not line.strip():
+            continue
+        if line.lstrip().startswith("{"):
+            yield _from_json(options, line, f"{name}, line {number}")
+        else:
+            yield replace(options, prompts=(line.strip(),))
+
+
+def _read_lines(file: str) -> list[str]:
+    if file == "-":
+        return sys.stdin.read().splitlines()
+    path = Path(file)
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise explain(error, path, "read") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text") from error
+
+
+def _from_json(options: SampleOptions, line: str, where: str) -> SampleOptions:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not valid JSON: {error}") from error
+    for key, value in row.items():
+        if key not in LINE_KEYS:
+            raise UsageError(f"{where}: unknown key {key!r}", f"known: {', '.join(LINE_KEYS)}")
+        if isinstance(value, bool) or not isinstance(value, LINE_KEYS[key]):
+            raise UsageError(f"{where}: {key} cannot be {value!r}")
+    if "prompt" not in row:
+        raise UsageError(f"{where}: needs a prompt")
+    if row.get("num_images", 1) < 1:
+        raise UsageError(f"{where}: num_images must be at least 1")
+    changed = {key: value for key, value in row.items() if key != "prompt"}
+    for key in ("cfg", "tau"):
+        if key in changed:
+            changed[key] = ",".join(map(str, changed[key])) if isinstance(changed[key], list) else str(changed[key])
+    return replace(options, prompts=(row["prompt"],), **changed)
+
+
+def jobs_of(options: SampleOptions, model: Model, reader: PromptReader, known: Sequence[Subject]) -> list[Job]:
+    """The pictures of one prompt.
+
+    Args:
+        options: those of the prompt.
+        model: its configuration; weights are not needed.
+        reader: of prompts.
+        known: subjects that are found by their tokens.
+
+    Raises:
+        UsageError: options that the model has not, or that do not go together.
+    """
+    prompt = options.prompts[0].strip()
+    sampling = chosen_sampling(options, model)
+    scales = _schedule(options, model)
+    plan(sampling, len(scales))  # a list of another length is refused before anything is drawn
+    depth = model.config.transformer.depth
+    layers = [sampling.cfg_layer] if isinstance(sampling.cfg_layer, int) else sampling.cfg_layer
+    if max(layers) > depth:
+        raise UsageError(f"cfg_layer {max(layers)} is more than the model's {depth} blocks")
+    seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    asked = [_worn(text) for text in options.subjects]
+    subjects = choose_subjects(
+        prompt, model, reader, known, asked, options.negative_prompt
+    )
+    bits = bits_in_use(model.config.tokenizer, options.bits)
+    job = Job(
+        prompt, options.negative_prompt, seed, sampling, scales, options.resolution, bits, options.output, subjects
+    )
+    return [replace(job, seed=seed + k) for k in range(options.num_images)]
+
+
+def _worn(text: str) -> Worn:
+    """A subject from NAME, FILE, NAME:SCALE or FILE:SCALE."""
+    name, colon, scale = text.rpartition(":")
+    try:
+        strength = float(scale) if colon else 1.0
+    except ValueError:
+        name, strength = text, 1.0  # a colon that belongs to the file's name
+    if not 0 <= strength <= 2:
+        raise UsageError(f"--subject {text}: the scale must be from 0 to 2", "1 is as learned")
+    return Worn(find_subject(name if colon and name else text), strength)
+
+
+def chosen_sampling(options: SampleOptions, model: Model) -> SamplingConfig:
+    """The model's defaults, then the flags, then --set."""
+    flags: dict[str, Any] = {
+        "cfg": _numbers(options.cfg, "--cfg"),
+        "tau": _numbers(options.tau, "--tau"),
+        "cfg_layer": options.cfg_layer,
+        "target_confidence": options.target_confidence,
+        "top_k": 1 if options.greedy else options.top_k,
+        "top_p": options.top_p,
+        "fast": options.fast,
+    }
+    if options.greedy and options.top_k not in (None, 1):
+        raise UsageError(f"--greedy is --top-k 1 and cannot go with --top-k {options.top_k}")
+    if options.target_confidence is not None and options.tau is not None:
+        raise UsageError("--target-confidence finds the temperatures, and cannot go with --tau")
+    for override in options.overrides:
+        if not override.startswith("sampling."):
+            raise UsageError(f"--set {override}: only sampling values can be set here", "for example sampling.cfg=4")
+    given = {key: value for key, value in flags.items() if value is not None}
+    own = model.sampling.model_dump(mode="json")
+    if options.tau is not None:
+        own["target_confidence"] = None  # the model's own gives way
+    stored = {
+        "name": model_name(model.folder),
+        "model": model.config.model_dump(mode="json"),
+        "sampling": own | given,
+    }
+    found = resolve_stored(stored, {}, where="sampling options", overrides=options.overrides).config.sampling
+    if found.target_confidence is not None and found.top_k == 1:
+        raise UsageError("the likelier value of every bit is the same at every temperature: no target_confidence")
+    return found
+
+
+def _numbers(text: str | None, flag: str) -> float | list[float] | None:
+    """One number, or several with commas."""
+    if text is None:
+        return None
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag} {text!r} is not a number, nor numbers with commas") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _schedule(options: SampleOptions, model: Model) -> Schedule:
+    scales = model.config.scales
+    ratio = 1.0 if 1.0 in ratios(scales) else ratios(scales)[0]
+    if options.aspect is not None:
+        (ratio,) = buckets(scales, [options.aspect])
+    return schedule(scales, patchify=model.config.transformer.patchify, ratio=ratio, resolution=options.resolution)

@@ -1,0 +1,152 @@
+"""Pictures on disk: names, recipes, and all of them as one."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, PngImagePlugin
+
+from bitgen_cli import __version__
+from bitgen_cli.engine.data import grid, to_tensor
+from bitgen_cli.engine.device import DTYPES
+from bitgen_cli.engine.model_folder import Model
+from bitgen_cli.errors import UsageError
+from bitgen_cli.files import atomic_path
+from bitgen_cli.runs.drawing import Setting
+from bitgen_cli.runs.inspect_config import RECIPE
+from bitgen_cli.runs.jobs import Job, SampleOptions
+
+_SHORT = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def recipe_of(job: Job, image: Image.Image, setting: Setting) -> dict[str, Any]:
+    """Everything the picture can be drawn again from."""
+    return {
+        **base_recipe(job.prompt, job.negative, job.seed, setting.name, setting.model),
+        **({"text_dtype": text} if (text := setting.precision.name) != _SHORT[setting.dtype] else {}),
+        "subjects": [
+            {"name": worn.subject.name, "token": worn.subject.token, "scale": worn.scale, "sha256": worn.subject.sha256}
+            for worn in job.subjects
+        ],
+        **job.sampling.model_dump(mode="json"),
+        "width": image.width,
+        "height": image.height,
+        "ratio": job.schedule.ratio,
+        "resolution": job.resolution,
+        "bits": job.bits,
+    }
+
+
+def base_recipe(prompt: str, negative: str | None, seed: int, name: str, model: Model) -> dict[str, Any]:
+    """The part of a recipe that says what was drawn, by which model, computed how."""
+    assert model.transformer is not None
+    return {
+        "bitgen": __version__,
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "seed": seed,
+        "model": name,
+        "fingerprints": model.fingerprints,
+        **({"revisions": dict(model.revisions)} if model.revisions else {}),
+        "dtype": _SHORT[model.transformer.dtype],
+        "device": model.transformer.device.type,
+    }
+
+
+def _parameters(recipe: Mapping[str, Any]) -> str:
+    """The recipe as other tools read it from the `parameters` key."""
+    negative = f"\nNegative prompt: {recipe['negative_prompt']}" if recipe["negative_prompt"] else ""
+    target = recipe["target_confidence"]
+    temperature = recipe["tau"] if target is None else f"for a confidence of {target}"
+    return (
+        f"{recipe['prompt']}{negative}\n"
+        f"CFG scale: {recipe['cfg']}, Temperature: {temperature}, "
+        f"Top k: {recipe['top_k']}, Top p: {recipe['top_p']}, "
+        f"Seed: {recipe['seed']}, Size: {recipe['width']}x{recipe['height']}, Model: {recipe['model']}, "
+        f"Version: bitgen {recipe['bitgen']}"
+    )
+
+
+def write_picture(path: Path, image: Image.Image, recipe: Mapping[str, Any] | None) -> None:
+    """Writes a PNG whole or not at all, with its recipe as JSON and as other tools read it; None leaves it out.
+
+    Raises:
+        ResourceError: no space left.
+        InputError: not allowed to write there.
+    """
+    info = None
+    if recipe is not None:
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("parameters", _parameters(recipe))
+        info.add_itxt(RECIPE, json.dumps(recipe, ensure_ascii=False))
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def write_grid(images: list[Image.Image], options: SampleOptions, setting: Setting) -> Path:
+    if len({image.size for image in images}) > 1:
+        raise UsageError("--grid needs pictures of one size", "draw the others in another call")
+    columns = min(len(images), max(1, round(len(images) ** 0.5)) if len(images) > 8 else len(images))
+    stacked = torch.stack([to_tensor(image, (image.height, image.width)) for image in images])
+    place = Path(options.output or ".")
+    folder = place if _is_folder(options.output) else place.parent
+    path = _free(folder / "grid.png", setting.taken)
+    with atomic_path(path) as temporary:
+        grid(stacked, columns).save(temporary, format="PNG")
+    return path
+
+
+def check_output(output: str, count: int) -> None:
+    fields = {name for _, name, _, _ in _fields(output) if name is not None}
+    unknown = fields - {"prompt", "seed", "index", "model"}
+    if unknown:
+        known = "known: {prompt} {seed} {index} {model}"
+        raise UsageError(f"--output {output}: unknown field {{{min(unknown)}}}", known)
+    if count > 1 and not fields and not _is_folder(output):
+        hint = "give a folder, or a template with {index}"
+        raise UsageError(f"--output {output} is one file for {count} pictures", hint)
+
+
+def _fields(output: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    try:
+        return list(string.Formatter().parse(output))
+    except ValueError as error:
+        raise UsageError(f"--output {output}: {error}", "write {{ for a brace of the file name") from None
+
+
+def _is_folder(output: str | None) -> bool:
+    return output is None or output.endswith(("/", "\\")) or Path(output).is_dir() or not Path(output).suffix
+
+
+def path_of(job: Job, index: int, setting: Setting) -> Path:
+    """Where a picture goes: a named file is replaced, every other name is a free one."""
+    output = job.output
+    if output is not None and not _is_folder(output):
+        if not any(name is not None for _, name, _, _ in _fields(output)):
+            return Path(output)
+        prompt, model = slug(job.prompt), slug(setting.name)
+        values = {"prompt": prompt, "seed": str(job.seed), "index": f"{index:04d}", "model": model}
+        return _free(Path(string.Formatter().vformat(output, (), values)), setting.taken)
+    return _free(Path(output or ".") / f"{slug(job.prompt)}-{job.seed}.png", setting.taken)
+
+
+def _free(path: Path, taken: set[Path]) -> Path:
+    """The path, or the same with -2, -3 ... when there is such a file already."""
+    number, candidate = 1, path
+    while candidate in taken or candidate.exists():
+        number += 1
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    taken.add(candidate)
+    return candidate
+
+
+def slug(text: str) -> str:
+    """A text as part of a file name: letters, digits and dashes, at most 60 characters."""
+    words = re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:60].rstrip("-")
+    return words or "picture"
