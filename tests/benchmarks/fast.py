@@ -1,8 +1,8 @@
 """What `sample --fast LEVEL` saves, and what it costs: time, arithmetic, bits that change, pictures as asked for.
 
-    python -m tests.benchmarks.fast [--pictures N] [--repeat N] [--json]
+    python -m tests.benchmarks.fast [--pictures N] [--repeat N] [--resolution BUDGET] [--json]
 
-Time is that of the transformer for one 256x256 picture of the 32bit preset, with guidance and random weights in fp32;
+Time is that of the transformer for one square picture of the 32bit preset, with guidance and random weights in fp32;
 the levels take turns, and the fastest of the repetitions counts. Arithmetic is that of the blocks for one 1024x1024
 picture of infinity-2b. Bits and adherence are of the demo model: for each of the 140 triples that are never trained on
 N pictures are drawn, with the same seeds at every level; a bit that changes makes the following ones change. Adherence
@@ -25,7 +25,7 @@ from bitgen_cli.demo import world
 from bitgen_cli.engine import pruning
 from bitgen_cli.engine.model_folder import find_model, load_model
 from bitgen_cli.engine.sampling import draw_bits, plan
-from bitgen_cli.engine.scales import Schedule, schedule
+from bitgen_cli.engine.scales import RESOLUTIONS, Schedule, schedule
 from bitgen_cli.engine.transformer import TextFeatures, Transformer
 from bitgen_cli.presets import resolve
 from tests.benchmarks.demo_quality import Score, picture_seeds
@@ -57,9 +57,9 @@ class Row:
     adherence: float
 
 
-def square(model: ModelConfig) -> Schedule:
+def square(model: ModelConfig, resolution: str | None = None) -> Schedule:
     """The schedule of square pictures."""
-    return schedule(model.scales, patchify=model.transformer.patchify)
+    return schedule(model.scales, patchify=model.transformer.patchify, resolution=resolution)
 
 
 def arithmetic(model: ModelConfig, level: int) -> int:
@@ -74,13 +74,13 @@ def arithmetic(model: ModelConfig, level: int) -> int:
     return total * geometry.depth
 
 
-def times(repeat: int) -> list[float]:
+def times(repeat: int, resolution: str) -> list[float]:
     """Seconds of the fastest of `repeat` drawings at each level, after one to warm up."""
     config = resolve("32bit", environment={}).config
     generator = torch.Generator().manual_seed(0)
     transformer = Transformer(config.model).eval().requires_grad_(False)
     transformer.initialise(generator)
-    scales = square(config.model)
+    scales = square(config.model, resolution)
     text = torch.randn(1, PROMPT_LENGTH, config.model.transformer.text_width, generator=generator)
     plans = [
         plan(config.sampling.model_copy(update={"cfg": GUIDANCE, "fast": level}), len(scales)) for level in LEVELS
@@ -104,9 +104,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pictures", type=int, default=4, metavar="N", help="of each prompt")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="drawings at each level; the fastest counts")
+    parser.add_argument("--resolution", choices=RESOLUTIONS, default="0.06M", help="of the pictures that are timed")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     given = parser.parse_args()
-    seconds, large = times(given.repeat), resolve("infinity-2b", environment={}).config.model
+    seconds, large = times(given.repeat, given.resolution), resolve("infinity-2b", environment={}).config.model
     judge, model = load_or_train().judge, load_model(find_model("demo"))
     scenes = [scene for scene in world.scenes(held_out=True) for _ in range(given.pictures)]
     scales = square(model.config)
@@ -132,7 +133,7 @@ def main() -> None:
     if given.json:
         print(json.dumps([asdict(row) for row in rows]))
         return
-    print("| level | transformer, 256x256 | arithmetic, 1024x1024 | late bits as at 0 | all bits | as asked for |")
+    print(f"| level | transformer, {given.resolution} | arithmetic, 1024x1024 | late bits | all bits | as asked for |")
     print("|---|---|---|---|---|---|")
     for row in rows:
         faster, less = rows[0].seconds / row.seconds, 1 / row.arithmetic
