@@ -258,6 +258,15 @@ def sample(
             least=0,
         ),
     ] = None,
+    refine: Annotated[
+        int | None,
+        _option(
+            "N",
+            "After drawing, turn over the bits of coarse scales that the model finds unlikely, in up to N rounds.",
+            _DRAWING,
+            least=0,
+        ),
+    ] = None,
     greedy: Annotated[
         bool,
         _flag("--greedy", "Always the likelier value: the same as --top-k 1.", _DRAWING),
@@ -346,6 +355,7 @@ def sample(
         top_k=top_k,
         top_p=top_p,
         fast=fast,
+        refine=refine,
         greedy=greedy,
         negative_prompt=negative_prompt,
         aspect=aspect,

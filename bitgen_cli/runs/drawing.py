@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from bitgen_cli.engine.device import pick_device, pick_dtype
 from bitgen_cli.engine.graphs import RecordedTransformer
 from bitgen_cli.engine.memory import parameters
 from bitgen_cli.engine.model_folder import TRANSFORMER_FILE, Model, load_model, model_name, read_model_config
+from bitgen_cli.engine.refine import Refined
 from bitgen_cli.engine.sampling import generate, plan
 from bitgen_cli.engine.subject import Subject, known_subjects, wearing
 from bitgen_cli.engine.text_precision import TextPrecision, pick_text_precision
@@ -165,16 +167,29 @@ def batches(jobs: Sequence[Job], size: int) -> Iterator[list[int]]:
             yield group[start : start + size]
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture as it was drawn.
+
+    Attributes:
+        image: RGB.
+        refined: what refinement did, for recipes; None where it was not asked for.
+    """
+
+    image: Image.Image
+    refined: dict[str, Any] | None
+
+
 @torch.inference_mode()
 def draw(
     jobs: Sequence[Job], features: Sequence[Features], setting: Setting, painter: Painter, task: Task
-) -> list[Image.Image]:
+) -> list[Picture]:
     """The pictures of one batch, in its order."""
     first, model = jobs[0], painter.model
     assert model.tokenizer is not None
     negatives = [own.negative.to(setting.device, setting.dtype) for own in features if own.negative is not None]
     with wearing(model, first.subjects):
-        images, _ = generate(
+        images, drawn = generate(
             painter.predictor,
             model.tokenizer,
             TextFeatures.from_rows([own.prompt.to(setting.device, setting.dtype) for own in features]),
@@ -186,4 +201,14 @@ def draw(
             on_scale=lambda scale: task.status(f"scale {scale + 1} of {len(first.schedule)}"),
             in_bands=painter.placement.in_bands,
         )
-    return [to_pil(image) for image in to_uint8(images)]
+    facts = [None] * len(jobs) if drawn.refined is None else _refined_facts(drawn.refined)
+    return [Picture(to_pil(image), known) for image, known in zip(to_uint8(images), facts, strict=True)]
+
+
+def _refined_facts(refined: Refined) -> list[dict[str, Any]]:
+    """Of each picture: bits changed of each scale, and the mean log-likelihood of those looked at, before and after."""
+    rows = zip(refined.changed.tolist(), refined.before.tolist(), refined.after.tolist(), strict=True)
+    return [
+        {"bits_changed": changed, "log_likelihood": [round(before, 4), round(after, 4)]}
+        for changed, before, after in rows
+    ]

@@ -13,7 +13,7 @@ from PIL import Image
 from bitgen_cli.engine.device import keep_freed_memory
 from bitgen_cli.errors import UsageError
 from bitgen_cli.report import Report
-from bitgen_cli.runs.drawing import Setting, batches, draw, features_of, load_painter, placement_of, setting_of
+from bitgen_cli.runs.drawing import Picture, Setting, batches, draw, features_of, load_painter, placement_of, setting_of
 from bitgen_cli.runs.jobs import Job, SampleOptions, jobs_of, requested
 from bitgen_cli.runs.output import check_output, path_of, recipe_of, write_grid, write_picture
 from bitgen_cli.runs.prompts import tell_cut
@@ -89,20 +89,20 @@ def sample(options: SampleOptions, report: Report) -> SampleResult:
     with report.task("drawing", len(jobs)) as task:
         for batch in batches(jobs, placement.batch_size):
             drawn = draw([jobs[i] for i in batch], [features[i] for i in batch], setting, painter, task)
-            for index, image in zip(batch, drawn, strict=True):
-                pictures[index] = _write(image, jobs[index], index, options, setting)
+            for index, picture in zip(batch, drawn, strict=True):
+                pictures[index] = _write(picture, jobs[index], index, options, setting)
                 if options.grid:
-                    images[index] = image
+                    images[index] = picture.image
                 task.advance()
     ordered = [pictures[i] for i in range(len(jobs))]
     sheet = write_grid([images[i] for i in range(len(jobs))], options, setting) if options.grid else None
     return SampleResult(ordered, sheet, time.perf_counter() - started)
 
 
-def _write(image: Image.Image, job: Job, index: int, options: SampleOptions, setting: Setting) -> SampledPicture:
-    recipe = recipe_of(job, image, setting)
+def _write(picture: Picture, job: Job, index: int, options: SampleOptions, setting: Setting) -> SampledPicture:
+    recipe = recipe_of(job, picture, setting)
     path = path_of(job, index, setting)
-    write_picture(path, image, recipe if options.metadata else None)
+    write_picture(path, picture.image, recipe if options.metadata else None)
     return SampledPicture(path, job.prompt, job.seed, recipe)
 
 
