@@ -3,9 +3,9 @@
     python -m tests.benchmarks.refine [--pictures 200] [--rounds 1] [--seed 0]
 
 Pictures of triples that are never trained on. Damage turns over 10 % of the bits of all scales but the first, at
-random. Adherence is the share of pictures whose class, colour and place a classifier names as asked for; what refinement
-recovers is told of what damage took. Log-likelihood is that of all bits, of a pass over all scales. Time is processor
-time of this process for eight pictures at once, as `sample` draws them: drawing them again, against refining them.
+random. Adherence is the share of pictures whose class, colour and place a classifier names as asked for; what is
+recovered is told as a share of what damage took. Log-likelihood is that of all bits, of a pass over all scales. Time is
+processor time of this process for eight pictures at once, as `sample` draws them: drawing again, against refining.
 """
 
 from __future__ import annotations
