@@ -192,6 +192,7 @@ def _bitgen(
 
 @app.command(cls=_Command)
 def sample(
+    context: typer.Context,
     prompts: Annotated[
         list[str] | None,
         typer.Argument(metavar="PROMPT...", help="What to draw; a picture for each.", show_default=False),
@@ -207,6 +208,10 @@ def sample(
             "Prompts from a file, one a line, or JSON lines with options of their own; - reads stdin.",
             names=("--prompts",),
         ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        _option("FILE", "Draw a picture again: a PNG made by bitgen, or its recipe as JSON. Other options win."),
     ] = None,
     seed: Annotated[
         int | None,
@@ -344,7 +349,8 @@ def sample(
     options = SampleOptions(
         prompts=tuple(prompts or ()),
         prompts_file=prompts_file,
-        model=model,
+        recipe=recipe,
+        model=model if recipe is None or _is_given(context, "model") else None,
         num_images=num_images,
         batch_size=batch_size,
         seed=seed,
@@ -379,6 +385,12 @@ def sample(
         console.show_json(result.to_json())
     else:
         console.show_samples(result, with_preview=preview)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @app.command(cls=_Command)

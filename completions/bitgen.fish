@@ -14,6 +14,7 @@ complete -c bitgen -n __fish_use_subcommand -a inspect-config -d 'Show every val
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l model -r -F -a 'demo infinity-2b infinity-8b infinity-8b-512 infinity-vae-d16 infinity-vae-d24 infinity-vae-d32 infinity-vae-d64' -d 'A model or run folder, published weights by name (infinity-2b) or file, or demo, the built-in'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l num-images -s n -r -f -d 'Pictures per prompt'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l prompts -r -F -d 'Prompts from a file, one a line, or JSON lines with options of their own; - reads stdin'
+complete -c bitgen -n '__fish_seen_subcommand_from sample' -l recipe -r -F -d 'Draw a picture again: a PNG made by bitgen, or its recipe as JSON. Other options win'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l seed -r -f -d 'Same seed, same picture; without one it is drawn and told'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l cfg -r -f -d 'Guidance: how strictly the prompt is followed; one number, or one per scale with commas'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l cfg-layer -r -f -d '0 guides the logits; n the output of the n-th block from the end'

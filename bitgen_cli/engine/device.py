@@ -72,6 +72,23 @@ def bf16_is_fast(device: torch.device) -> bool:
     return False
 
 
+def hardware(device: torch.device) -> str:
+    """What computes, as far as the last bits of a picture go by it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        threads = torch.get_num_threads()  # sums over several come in another order
+        return f"{torch.backends.cpu.get_cpu_capability()}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return platform.machine()
+
+
+def is_there(kind: str) -> bool:
+    """Whether this machine has a device of that type: cpu, cuda or mps."""
+    if kind == "cuda":
+        return torch.cuda.is_available()
+    return kind == "cpu" or (kind == "mps" and torch.backends.mps.is_available())
+
+
 def give_back(device: torch.device) -> None:
     """Hands memory that nothing refers to any more back to the device, so that others find it free."""
     gc.collect()

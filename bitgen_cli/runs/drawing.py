@@ -15,7 +15,14 @@ from bitgen_cli.engine.data import to_pil, to_uint8
 from bitgen_cli.engine.device import pick_device, pick_dtype
 from bitgen_cli.engine.graphs import RecordedTransformer
 from bitgen_cli.engine.memory import parameters
-from bitgen_cli.engine.model_folder import TRANSFORMER_FILE, Model, load_model, model_name, read_model_config
+from bitgen_cli.engine.model_folder import (
+    BUILT_IN,
+    TRANSFORMER_FILE,
+    Model,
+    load_model,
+    model_name,
+    read_model_config,
+)
 from bitgen_cli.engine.refine import Refined
 from bitgen_cli.engine.sampling import generate, plan
 from bitgen_cli.engine.subject import Subject, known_subjects, wearing
@@ -79,13 +86,14 @@ def setting_of(options: SampleOptions, report: Report) -> Setting:
         InputError: no such model, or one that cannot draw.
     """
     device = pick_device(options.device)
-    folder = provide_model(options.model, report)
+    asked = options.model or BUILT_IN
+    folder = provide_model(asked, report)
     dtype = drawing_dtype(options.dtype, folder, device)
     precision = pick_text_precision(options.text_dtype, dtype, device)
     model = load_model(folder, parts=())
     if not (folder / TRANSFORMER_FILE).is_file():
         raise InputError(f"the model {folder} has no transformer yet", "bitgen train makes one")
-    name = options.model if options.model == "demo" else model_name(folder)
+    name = asked if asked == BUILT_IN else model_name(folder)
     return Setting(name, model, find_text_model(model, report), precision, dtype, device, known_subjects())
 
 

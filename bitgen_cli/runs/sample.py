@@ -17,6 +17,7 @@ from bitgen_cli.runs.drawing import Picture, Setting, batches, draw, features_of
 from bitgen_cli.runs.jobs import Job, SampleOptions, jobs_of, requested
 from bitgen_cli.runs.output import check_output, path_of, recipe_of, write_grid, write_picture
 from bitgen_cli.runs.prompts import tell_cut
+from bitgen_cli.runs.reproduce import load_recipe, tell_differences
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def sample(options: SampleOptions, report: Report) -> SampleResult:
         InputError: the model or the prompt file cannot be read, the output cannot be written.
     """
     keep_freed_memory()
+    options, recipe = load_recipe(options, report)
     requests = list(requested(options))
     if not requests:
         raise UsageError("no prompt", 'for example: bitgen sample "a red dog on the moon"')
@@ -76,6 +78,8 @@ def sample(options: SampleOptions, report: Report) -> SampleResult:
     setting = setting_of(options, report)
     jobs = [job for request in requests for job in jobs_of(request, setting.model, setting.text.reader, setting.known)]
     _tell_subjects(jobs, report)
+    if recipe is not None:
+        tell_differences(recipe, jobs, setting, report)
     if options.output is not None:
         check_output(options.output, len(jobs))
     tell_cut((job.prompt for job in jobs), setting.text.reader, report)
