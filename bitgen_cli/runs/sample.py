@@ -99,6 +99,7 @@ def sample(options: SampleOptions, report: Report) -> SampleResult:
                     images[index] = picture.image
                 task.advance()
     ordered = [pictures[i] for i in range(len(jobs))]
+    _tell_refined([picture.recipe["refined"] for picture in ordered if "refined" in picture.recipe], report)
     sheet = write_grid([images[i] for i in range(len(jobs))], options, setting) if options.grid else None
     return SampleResult(ordered, sheet, time.perf_counter() - started)
 
@@ -116,3 +117,12 @@ def _tell_subjects(jobs: Sequence[Job], report: Report) -> None:
     for (file, scale), subject in drawn.items():
         strength = "" if scale == 1 else f", scale {scale:g}"
         report.notice(f"{subject.token} is subject {subject.name}, a {subject.header.class_word}{strength}: {file}")
+
+
+def _tell_refined(refined: Sequence[dict[str, Any]], report: Report) -> None:
+    """Says what refinement did to all pictures together."""
+    if not refined:
+        return
+    changed = sum(sum(one["bits_changed"]) for one in refined)
+    before, after = (sum(one["log_likelihood"][at] for one in refined) / len(refined) for at in (0, 1))
+    report.notice(f"refined: {changed} bits changed; log-likelihood of a coarse bit {before:.3f}, now {after:.3f}")
