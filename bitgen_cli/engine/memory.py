@@ -228,6 +228,13 @@ def block_parameters(model: ModelConfig) -> int:
         return _count(Transformer(with_depth(model, 1)).blocks)
 
 
+def waiting_memory(model: ModelConfig, number: int) -> int:
+    """Bytes of the CPU's memory that a waiting block takes: torch locks its pages in powers of two."""
+    with torch.device("meta"):
+        block = Transformer(with_depth(model, 1)).blocks
+    return sum(1 << (parameter.numel() * number - 1).bit_length() for parameter in block.parameters())
+
+
 def with_depth(model: ModelConfig, depth: int) -> ModelConfig:
     """The same model with another number of blocks."""
     geometry = model.transformer.model_copy(update={"depth": depth, "block_chunks": 1})

@@ -23,7 +23,7 @@ from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Report, Task
 from bitgen_cli.runs.jobs import Job, SampleOptions
 from bitgen_cli.runs.models import provide_model
-from bitgen_cli.runs.placement import Placement, Wanted, place
+from bitgen_cli.runs.placement import Placement, Wanted, check_offload, place
 from bitgen_cli.runs.prompts import Prompt, TextModel, find_text_model, text_features
 
 SMALL_WIDTH = 512
@@ -77,6 +77,7 @@ def setting_of(options: SampleOptions, report: Report) -> Setting:
         InputError: no such model, or one that cannot draw.
     """
     device = pick_device(options.device)
+    _check_computing(options, device)
     folder = provide_model(options.model, report)
     dtype = drawing_dtype(options.dtype, folder, device)
     precision = pick_text_precision(options.text_dtype, dtype, device)
@@ -85,6 +86,15 @@ def setting_of(options: SampleOptions, report: Report) -> Setting:
         raise InputError(f"the model {folder} has no transformer yet", "bitgen train makes one")
     name = options.model if options.model == "demo" else model_name(folder)
     return Setting(name, model, find_text_model(model, report), precision, dtype, device, known_subjects())
+
+
+def _check_computing(options: SampleOptions, device: torch.device) -> None:
+    """Raises UsageError where options of computing are none, or none of this device: before a model is fetched."""
+    check_offload(options.offload)
+    pick_dtype(options.dtype, device)
+    pick_text_precision(options.text_dtype, torch.float32, device)
+    if options.compile and device.type != "cuda":
+        raise UsageError(f"--compile records what a GPU is given to do, and the device is {device}")
 
 
 @dataclass(frozen=True)
@@ -113,10 +123,7 @@ def placement_of(jobs: Sequence[Job], setting: Setting, options: SampleOptions) 
 
     Raises:
         ResourceError: it does not fit.
-        UsageError: options that this device has not.
     """
-    if options.compile and setting.device.type != "cuda":
-        raise UsageError(f"--compile records what a GPU is given to do, and the device is {setting.device}")
     prompts = {text for job in jobs for text in (job.prompt, job.negative) if text is not None}
     wanted = Wanted(
         setting.model.config,

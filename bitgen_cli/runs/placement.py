@@ -11,7 +11,7 @@ import torch
 from bitgen_cli.config import ModelConfig
 from bitgen_cli.engine.bands import BAND
 from bitgen_cli.engine.device import free_memory
-from bitgen_cli.engine.memory import Parameters, SamplingMemory, sampling_memory
+from bitgen_cli.engine.memory import BF16, Parameters, SamplingMemory, sampling_memory, waiting_memory
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.streaming import spread
 from bitgen_cli.errors import ResourceError, UsageError
@@ -71,6 +71,12 @@ class Placement:
         )
 
 
+def check_offload(name: str) -> None:
+    """Raises UsageError when it is none of OFFLOADS."""
+    if name not in OFFLOADS:
+        raise UsageError(f"--offload {name}: unknown", f"use {', '.join(OFFLOADS)}")
+
+
 def place(wanted: Wanted, offload: str, device: torch.device) -> Placement:
     """Where the parts go.
 
@@ -81,15 +87,13 @@ def place(wanted: Wanted, offload: str, device: torch.device) -> Placement:
         device: where it is drawn.
 
     Raises:
-        UsageError: no such way.
         ResourceError: it does not fit; says what would.
     """
-    if offload not in OFFLOADS:
-        raise UsageError(f"--offload {offload}: unknown", f"use {', '.join(OFFLOADS)}")
     free = free_memory(device)
     tried = list(_ways(wanted, offload, device))
     for found in tried:
         if free is None or found.memory.total + PROGRAM <= free:
+            _require_room_to_wait(found, wanted, offload)
             return found
     raise _refused(wanted, offload, device, min(tried, key=lambda way: way.memory.total), free or 0)
 
@@ -141,17 +145,34 @@ def _way(wanted: Wanted, batch: int, waiting: int, *, in_bands: bool) -> Placeme
     return Placement(batch, spread(waiting, wanted.model.transformer.depth), in_bands, most)
 
 
+def _require_room_to_wait(placement: Placement, wanted: Wanted, offload: str) -> None:
+    """Raises ResourceError where the CPU's memory is too small for the weights that wait there."""
+    free = free_memory(torch.device("cpu"))
+    needs = len(placement.waiting) * waiting_memory(wanted.model, wanted.number) if placement.waiting else 0
+    if free is not None and needs > free:
+        raise ResourceError(
+            f"the weights of {len(placement.waiting)} blocks would wait in {size(needs)} of the CPU's memory, "
+            f"which has {size(free)} free",
+            _hint((["--offload auto"] if offload == "cpu" else []) + _less(wanted)),
+        )
+
+
 def _refused(wanted: Wanted, offload: str, device: torch.device, least: Placement, free: int) -> ResourceError:
     """Says what is missing, and what would need less."""
-    needs = least.memory.total + PROGRAM
     other = [] if offload != "none" else ["--offload auto"]
     if least.batch_size > 1:
         other.append("--batch-size 1")
-    if wanted.number > 2:
-        other.append("--dtype bf16")
-    if wanted.model.scales.custom is None:
-        other.append("a smaller --resolution")
     return ResourceError(
-        f"drawing needs about {size(needs)} of memory, {device} has {size(free)} free",
-        f"what needs less: {', '.join(other)}" if other else "another device may have more: --device",
+        f"drawing needs about {size(least.memory.total + PROGRAM)} of memory, {device} has {size(free)} free",
+        _hint(other + _less(wanted)),
     )
+
+
+def _less(wanted: Wanted) -> list[str]:
+    """What needs less memory wherever parts are."""
+    other = ["--dtype bf16"] if wanted.number > BF16 else []
+    return other if wanted.model.scales.custom is not None else [*other, "a smaller --resolution"]
+
+
+def _hint(less: list[str]) -> str:
+    return f"what needs less: {', '.join(less)}" if less else "another device may have more: --device"
