@@ -18,6 +18,7 @@ from bitgen_cli.config import ModelConfig, TextEncoderConfig, TokenizerConfig
 from bitgen_cli.engine.autoencoder import Decoder, Encoder
 from bitgen_cli.engine.bands import BAND, GPU_BAND
 from bitgen_cli.engine.convolution import LEAST_CHANNELS, LEAST_POSITIONS
+from bitgen_cli.engine.graphs import KEPT
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.streaming import SETS
 from bitgen_cli.engine.transformer import Transformer
@@ -220,6 +221,17 @@ def sampling_memory(
         derived=derived_weights(model.tokenizer, schedule, number, encoder=False),
         decoder_work=decoded * number,  # pictures are decoded one at a time
     )
+
+
+def recordings_memory(drawing: SamplingMemory) -> int:
+    """Bytes that drawing takes besides where scales are recorded (graphs.py).
+
+    Cache, prompts of every length that is kept, and the work of a step then stay where they are while a prompt of a new
+    length or the decoder computes.
+    """
+    stays = drawing.kv_cache + KEPT * drawing.text_cache + drawing.transformer_work
+    goes = drawing.kv_cache + drawing.text_cache + drawing.transformer_work
+    return stays + max(drawing.transformer_work, drawing.decoder_work) - max(goes, drawing.decoder_work)
 
 
 def block_parameters(model: ModelConfig) -> int:

@@ -133,6 +133,7 @@ def placement_of(jobs: Sequence[Job], setting: Setting, options: SampleOptions) 
         options.batch_size,
         setting.dtype.itemsize,
         max(map(len, setting.text.reader.tokenise(list(prompts)))),
+        options.compile,
     )
     return place(wanted, options.offload, setting.device)
 
@@ -149,10 +150,10 @@ def load_painter(setting: Setting, placement: Placement, options: SampleOptions,
     assert model.transformer is not None
     if (told := placement.told()) is not None:
         report.notice(told)
-    if options.compile and placement.waiting:
-        report.notice("scales are not recorded (--compile): weights take turns")
-    records = options.compile and not placement.waiting
-    return Painter(model, RecordedTransformer(model.transformer) if records else model.transformer, placement)
+    if options.compile and not placement.recordings:
+        report.notice("scales are not recorded (--compile): the GPU's memory has no room for it")
+    predictor = RecordedTransformer(model.transformer) if placement.recordings else model.transformer
+    return Painter(model, predictor, placement)
 
 
 def drawing_dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:

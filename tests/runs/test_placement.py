@@ -38,8 +38,23 @@ def placed(monkeypatch: pytest.MonkeyPatch, free: float | None, asked: Wanted, h
     left = None if free is None else int(free * GIB)
     monkeypatch.setattr(placement, "free_memory", lambda _: left)
     found = place(asked, how, on)
-    assert left is None or found.memory.total + PROGRAM <= left
+    assert left is None or found.memory.total + found.recordings + PROGRAM <= left
     return found
+
+
+def test_recordings_have_room_or_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they read and write stays while the decoder computes."""
+    asked = wanted("infinity-2b", records=True)
+    large = placed(monkeypatch, 79, asked, "auto", GPU)
+    plain = placed(monkeypatch, 79, wanted("infinity-2b"), "auto", GPU)
+    assert (large.batch_size, plain.batch_size, plain.recordings) == (AT_ONCE, AT_ONCE, 0)
+    assert large.recordings >= large.memory.decoder_work
+    fewer = placed(monkeypatch, large.memory.total / GIB + 1, asked, "auto", GPU)
+    assert fewer.recordings
+    assert fewer.batch_size < AT_ONCE
+    small = placed(monkeypatch, 9, asked, "auto", GPU)
+    assert (small.recordings, small.waiting) == (0, ())
+    assert not placed(monkeypatch, 79, asked, "cpu", GPU).recordings
 
 
 def test_a_large_card_has_everything(monkeypatch: pytest.MonkeyPatch) -> None:
