@@ -100,7 +100,7 @@ def place(wanted: Wanted, offload: str, device: torch.device) -> Placement:
     Args:
         wanted: what is drawn.
         offload: one of OFFLOADS: `none` has all on the device; with `auto` what does not fit there takes turns; with
-            `cpu` all that can does.
+            `cpu` all that can does. Recordings give way first.
         device: where it is drawn.
 
     Raises:
