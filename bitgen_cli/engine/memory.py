@@ -20,6 +20,7 @@ from bitgen_cli.engine.bands import BAND, GPU_BAND
 from bitgen_cli.engine.convolution import LEAST_CHANNELS, LEAST_POSITIONS
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.streaming import SETS
+from bitgen_cli.engine.tensors import Unfilled
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import InputError
 from bitgen_cli.files import read_json
@@ -87,7 +88,7 @@ def text_geometry(config: TextEncoderConfig) -> TextGeometry | None:
         try:
             names = ("vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff")
             return TextGeometry(*(int(stored[name]) for name in names))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{file} does not describe a T5 encoder") from error
     return KNOWN_TEXT_ENCODERS.get(config.source)
 
@@ -115,7 +116,7 @@ class Parameters:
 def parameters(model: ModelConfig) -> Parameters:
     """Parameters per part, counted on the meta device."""
     geometry = text_geometry(model.text_encoder)
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         return Parameters(
             tokenizer_encoder=_count(Encoder(model.tokenizer)),
             tokenizer_decoder=_count(Decoder(model.tokenizer)),
@@ -224,7 +225,7 @@ def sampling_memory(
 
 def block_parameters(model: ModelConfig) -> int:
     """Parameters of one block of the transformer."""
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         return _count(Transformer(with_depth(model, 1)).blocks)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from bitgen_cli.config import Config, ModelConfig
 from bitgen_cli.config_keys import flatten
+from bitgen_cli.engine.captions import parse_json
 from bitgen_cli.engine.device import free_memory, pick_device
 from bitgen_cli.engine.memory import BYTES, Parameters, parameters, sampling_memory, store_bytes
 from bitgen_cli.engine.model_folder import read_origin
@@ -232,10 +233,7 @@ def _of_picture(path: Path, options: InspectOptions) -> InspectResult:
         raise InputError(
             f"{path} carries no recipe of bitgen{why}", "it was made or saved by another program"
         )
-    try:
-        recipe = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path} carries a damaged recipe: {error}") from error
+    recipe = parse_json(text, f"{path} carries a damaged recipe")
     if not isinstance(recipe, dict):
         raise InputError(f"{path} carries a damaged recipe: it must hold keys and values")
     facts = {

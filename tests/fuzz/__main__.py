@@ -103,7 +103,6 @@ def _figures(name: str, count: int, folder: Path, code: int | None, keep: Path) 
 
 def work(name: str, count: int, place: Path, options: argparse.Namespace) -> None:
     """Tries inputs on one reader, and leaves its figures in a file."""
-    from guard import attempt
     from readers import READERS, Prepared
 
     prepared = Prepared.of(READERS[name], _made(place / "box"))
@@ -111,14 +110,12 @@ def work(name: str, count: int, place: Path, options: argparse.Namespace) -> Non
     figures: dict[str, Any] = dict.fromkeys(("inputs", "accepted", "refused", "failures"), 0)
     known: set[str] = set()
     figures |= {"slowest": 0.0, "told": []}
-    for seed in prepared.seeds:
-        attempt(prepared.reader.read, prepared.file, seed, prepared.box)
     start = _peak()
     _limit_memory(options.memory)
 
     def test(content: bytes) -> None:
         faulthandler.dump_traceback_later(LONGEST, exit=True)
-        outcome = attempt(prepared.reader.read, prepared.file, content, prepared.box)
+        outcome = prepared.attempt(content)
         faulthandler.cancel_dump_traceback_later()
         figures["inputs"] += 1
         figures["slowest"] = max(figures["slowest"], outcome.seconds)

@@ -21,7 +21,7 @@ from bitgen_cli.errors import BitgenError
 
 SLOW = 5.0
 """Seconds of computing that no input may take."""
-HANGS = 30.0
+HANGS = 10.0
 """Seconds after which an input is given up."""
 SECRET = "secret.txt"
 """A file beside the reader's folder that nobody may read, whatever the input says."""
@@ -119,8 +119,11 @@ class _Watch:
             if os.path.realpath(os.fsdecode(path)) == str(box.secret):
                 self._stop(f"reads {os.fsdecode(path)}")
         elif event in _CHANGES:
+            descriptors = [one for one in arguments[_CHANGES[event] :] if isinstance(one, int) and one > 2]
+            within = f"/proc/self/fd/{descriptors[0]}" if descriptors and event != "os.chmod" else ""
             for path in arguments[: _CHANGES[event]]:
-                if isinstance(path, str | bytes | os.PathLike) and not self._inside(path, box):
+                place = os.path.join(within, os.fsdecode(path)) if isinstance(path, str | bytes | os.PathLike) else None
+                if place is not None and not self._inside(place, box):
                     self._stop(f"{event} {os.fsdecode(path)}")
         elif event in _FORBIDDEN:
             self._stop(f"{event} {arguments!r:.200}")
@@ -146,6 +149,7 @@ def attempt(read: Callable[[Path], object], file: Path, content: bytes, box: Box
         content: the input.
         box: around the file.
     """
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
     file.write_bytes(content)
     refused, failure = False, None

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import tiny_model
 import torch
 import yaml
 from data_sets import encoded, picture, put, write_coco, write_lines, write_tar
-from guard import Box
+from guard import Box, Outcome, attempt
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
@@ -98,8 +99,19 @@ class Prepared:
             reader: which.
             folder: new and empty.
         """
-        box = Box(folder)
-        return cls(reader, box, reader.prepare(box.data))
+        prepared = cls(reader, Box(folder))
+        prepared.seeds = reader.prepare(prepared.box.data)
+        with suppress(BitgenError):  # what is imported now may do what no input may
+            prepared.file.write_bytes(prepared.seeds[0])
+            reader.read(prepared.file)
+        found = [prepared.attempt(seed) for seed in prepared.seeds]
+        assert not [outcome.failure for outcome in found if outcome.failure], found
+        assert reader.refused or not found[0].refused, f"{reader.name}: the first valid input is refused"
+        return prepared
+
+    def attempt(self, content: bytes) -> Outcome:
+        """What becomes of an input."""
+        return attempt(self.reader.read, self.file, content, self.box)
 
     @property
     def file(self) -> Path:
@@ -143,7 +155,6 @@ def _read_picture(file: Path) -> object:
 def _data_set(make: Callable[[Path], Path]) -> Callable[[Path], list[bytes]]:
     def prepare(folder: Path) -> list[bytes]:
         put(folder, "a.png", "b.png")
-        (folder / "link.png").symlink_to("../secret.txt")
         return [make(folder).read_bytes()]
 
     return prepare
@@ -395,7 +406,7 @@ def _swept(folder: Path) -> list[bytes]:
     with mock.patch.object(sweeps._Child, "run", return_value=1):
         sweeps.sweep(options, Silent())
     for run in sweeps.plan(options):
-        run.run.mkdir()
+        (run.run / "checkpoints" / "step-3").mkdir(parents=True)
         (run.run / "config.json").write_text("{}")
         (run.run / "state.json").write_text('{"finished": true, "step": 3}')
         (run.run / "metrics.jsonl").write_text('{"step": 3, "loss": 0.5}\n')
@@ -422,7 +433,7 @@ def _prompts(folder: Path) -> list[bytes]:
     _model(folder)
     rows = [
         {"prompt": "a dog", "seed": 3, "num_images": 2, "cfg": [1, 2, 3], "tau": 0.5},
-        {"prompt": "a [V] dog", "negative_prompt": "x", "aspect": "1:1", "output": "x.png", "top_k": 3},
+        {"prompt": "a red dog", "negative_prompt": "x", "aspect": "1:1", "output": "x.png", "top_k": 3},
     ]
     return ["\n".join([*map(json.dumps, rows), "a cat"]).encode()]
 
@@ -505,7 +516,7 @@ def _read_resumed(file: Path) -> object:
 
 def _store(folder: Path) -> Path:
     """A token store of two pictures; what it is made of is gone."""
-    parts = folder / "parts"
+    parts = folder.with_name("home")
     _model(parts / "model")
     encoder = tiny.text_encoder_folder(parts / "encoder", width=tiny_model.CONFIG.transformer.text_width)
     shutil.rmtree(parts / "model" / "text_encoder")
@@ -519,7 +530,6 @@ def _store(folder: Path) -> Path:
         data=str(parts / "data"), out=folder, model=str(parts / "model"), device="cpu", text_features=True
     )
     tokenize(options, Silent())
-    shutil.rmtree(parts)
     return folder
 
 
@@ -552,8 +562,8 @@ def _say_its_size(file: Path) -> None:
 
 
 def _priors(folder: Path) -> list[bytes]:
-    put(folder, "0.png", size=(16, 16))
-    made = {"file": "0.png", "seed": 3, "prompt": "a dog", "sha256": "0" * 64}
+    put(folder, "0003.png", size=(16, 16))
+    made = {"file": "0003.png", "seed": 3, "prompt": "a dog", "sha256": "0" * 64}
     manifest = {
         "base": {"transformer": "0" * 64}, "base_name": "demo", "class_word": "dog", "templates": ["a {class}"], "seed": 3,
         "sampling": {}, "size": [16, 16], "pictures": [made],
@@ -580,7 +590,7 @@ READERS = {
         Reader("model weights", "config.json", "json", _file_of_model("config.json"), _read_model, share=0.3, short=10),
         Reader("origin.json", "origin.json", "json", _origin, _read_origin, share=0.5),
         Reader("vocabulary", "tokenizer.json", "json", _vocabulary, _read_vocabulary, short=10),
-        Reader("text encoder", "config.json", "json", _t5, _read_t5, share=0.5, short=0),
+        Reader("text encoder", "text_encoder/config.json", "json", _t5, _read_t5, share=0.5, short=0),
         Reader("text cache", f"{_KEY.digest}.safetensors", "safetensors", _text_cache, _read_text_cache),
         Reader("subject", "dog.safetensors", "safetensors", _subject, _read_subject, share=3),
         Reader("recipe", "a.png", "png", _recipe, _inspect_file, share=3),
