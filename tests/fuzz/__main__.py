@@ -98,7 +98,11 @@ def _figures(name: str, count: int, folder: Path, code: int | None, keep: Path) 
     last = max(found, key=lambda file: file.stat().st_mtime_ns, default=None)
     kept = "nothing" if last is None else _keep(keep, name, last.read_bytes())
     told = [f"its process ended with {code}; it read {kept} last"]
-    return dict.fromkeys(("accepted", "refused", "slowest", "memory"), 0) | {"inputs": count, "failures": 1, "told": told}
+    return dict.fromkeys(("accepted", "refused", "slowest", "memory"), 0) | {
+        "inputs": count,
+        "failures": 1,
+        "told": told,
+    }
 
 
 def work(name: str, count: int, place: Path, options: argparse.Namespace) -> None:

@@ -20,31 +20,129 @@ Bytes = st.SearchStrategy[bytes]
 PNG = b"\x89PNG\r\n\x1a\n"
 HUGE = (2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63), 10**400)
 TEXTS = (
-    "", " ", "x", "../../x", "/etc/passwd", "/dev/zero", "/dev/stdin", "CON", "a\0b", "a\nb", "\x1b]0;owned\x07\x1b[2J",
-    "\x9b31m", "\u202egnp.exe", "\ud800", "\udcff", "\ufeff", "[/red][link=file:///x]y", "[bold", "{0.__class__}", "%s%n",
-    "$(touch x)", "`touch x`", "__import__('os').system('touch x')", "!!python/object/apply:os.system ['touch x']",
-    "1e999", "nan", "-0", "0x10", "1:1:1", "x" * 5000, "é" * 300, "\U0001f600", "_" * 70,
-)  # fmt: skip
+    "",
+    " ",
+    "x",
+    "../../x",
+    "/etc/passwd",
+    "/dev/zero",
+    "/dev/stdin",
+    "CON",
+    "a\0b",
+    "a\nb",
+    "\x1b]0;owned\x07\x1b[2J",
+    "\x9b31m",
+    "\u202egnp.exe",
+    "\ud800",
+    "\udcff",
+    "\ufeff",
+    "[/red][link=file:///x]y",
+    "[bold",
+    "{0.__class__}",
+    "%s%n",
+    "$(touch x)",
+    "`touch x`",
+    "__import__('os').system('touch x')",
+    "!!python/object/apply:os.system ['touch x']",
+    "1e999",
+    "nan",
+    "-0",
+    "0x10",
+    "1:1:1",
+    "x" * 5000,
+    "é" * 300,
+    "\U0001f600",
+    "_" * 70,
+)
 PIECES = (
-    b"\xff" * 8, bytes(8), b"7" * 12, b"[" * 60, b'"\\ud800"', b"\x1b]0;x\x07", b"../" * 5, b"NaN", b"1e999", b"-1", b"{}",
-    b"null", b"9" * 5000, b"\xef\xbb\xbf", b"\r\n", b"\x00\x01", b"\x7f\xff\xff\xff", b"!!python/name:os.system", b"&a [*a]",
-)  # fmt: skip
+    b"\xff" * 8,
+    bytes(8),
+    b"7" * 12,
+    b"[" * 60,
+    b'"\\ud800"',
+    b"\x1b]0;x\x07",
+    b"../" * 5,
+    b"NaN",
+    b"1e999",
+    b"-1",
+    b"{}",
+    b"null",
+    b"9" * 5000,
+    b"\xef\xbb\xbf",
+    b"\r\n",
+    b"\x00\x01",
+    b"\x7f\xff\xff\xff",
+    b"!!python/name:os.system",
+    b"&a [*a]",
+)
 YAML = (
-    "&a [*a]", "&a {b: *a}", "!!python/object/apply:os.system ['touch escaped']", "!!python/name:os.system", "!!binary x",
-    "!!set {a}", "!!timestamp 9999-99-99", "2001-12-14t21:59:43.10-99:99", ":".join(["1"] * 300) + ".0", "0x" + "f" * 5000,
-    "9" * 5000, "0b", "0o", "0x_", "!!int ''", "!!float ''", "!!omap [a]", "!!pairs [a]", "{? {a: b} : c}", "{[a]: b}",
-    "<<: 3", "{<<: *x}", "{<<: [1]}", "[" * 300, "- " * 300, "? " * 300, "\t", "%YAML 9.9\n---", "---\n---\n", "*x", "|9\n a",
-    "&a [&b [&c [x,x,x,x,x,x,x,x,x],*c,*c,*c,*c,*c,*c,*c,*c],*b,*b,*b,*b,*b,*b,*b]", "'\\ud800'", '"\\ud800"', '"\\x1b[2J"',
-    "=", "!!null x", "!!bool x", "1e400", ".nan", ".inf", "!<tag:yaml.org,2002:python/tuple> [1]", "!!str {a: b}",
-)  # fmt: skip
+    "&a [*a]",
+    "&a {b: *a}",
+    "!!python/object/apply:os.system ['touch escaped']",
+    "!!python/name:os.system",
+    "!!binary x",
+    "!!set {a}",
+    "!!timestamp 9999-99-99",
+    "2001-12-14t21:59:43.10-99:99",
+    ":".join(["1"] * 300) + ".0",
+    "0x" + "f" * 5000,
+    "9" * 5000,
+    "0b",
+    "0o",
+    "0x_",
+    "!!int ''",
+    "!!float ''",
+    "!!omap [a]",
+    "!!pairs [a]",
+    "{? {a: b} : c}",
+    "{[a]: b}",
+    "<<: 3",
+    "{<<: *x}",
+    "{<<: [1]}",
+    "[" * 300,
+    "- " * 300,
+    "? " * 300,
+    "\t",
+    "%YAML 9.9\n---",
+    "---\n---\n",
+    "*x",
+    "|9\n a",
+    "&a [&b [&c [x,x,x,x,x,x,x,x,x],*c,*c,*c,*c,*c,*c,*c,*c],*b,*b,*b,*b,*b,*b,*b]",
+    "'\\ud800'",
+    '"\\ud800"',
+    '"\\x1b[2J"',
+    "=",
+    "!!null x",
+    "!!bool x",
+    "1e400",
+    ".nan",
+    ".inf",
+    "!<tag:yaml.org,2002:python/tuple> [1]",
+    "!!str {a: b}",
+)
 PICKLES = (
-    b"cposix\nsystem\n(S'touch escaped'\ntR.", b"cos\nsystem\n(S'touch escaped'\ntR.", b"cbuiltins\neval\n(S'1'\ntR.",
-    b"ctorch.hub\nload\n(S'x'\ntR.", b"ctorch\nload\n(S'../secret.txt'\ntR.", b"cbuiltins\nopen\n(S'../escaped'\nS'w'\ntR.",
-    b"]" * 400 + b".", b"N.", b"}.", b"(" * 3000 + b"t.", b"\x80\x04\x95" + b"\xff" * 8 + b".", b"X\xff\xff\xff\x7fa.",
-    b"ccollections\nOrderedDict\n)R.", b"ctorch._utils\n_rebuild_tensor_v2\n(I1\nI2\ntR.", b"I" + b"9" * 6000 + b"\n.",
-    b"ctorch.storage\nUntypedStorage\n(I99999999999\ntR.", b"cbuiltins\nbytearray\n(I99999999999\ntR.",
-    b"ctorch\nzeros\n(I99999999999\ntR.", b"\x80\x02}q\x00q\x01a.", b"h\x09.", b"0.",
-)  # fmt: skip
+    b"cposix\nsystem\n(S'touch escaped'\ntR.",
+    b"cos\nsystem\n(S'touch escaped'\ntR.",
+    b"cbuiltins\neval\n(S'1'\ntR.",
+    b"ctorch.hub\nload\n(S'x'\ntR.",
+    b"ctorch\nload\n(S'../secret.txt'\ntR.",
+    b"cbuiltins\nopen\n(S'../escaped'\nS'w'\ntR.",
+    b"]" * 400 + b".",
+    b"N.",
+    b"}.",
+    b"(" * 3000 + b"t.",
+    b"\x80\x04\x95" + b"\xff" * 8 + b".",
+    b"X\xff\xff\xff\x7fa.",
+    b"ccollections\nOrderedDict\n)R.",
+    b"ctorch._utils\n_rebuild_tensor_v2\n(I1\nI2\ntR.",
+    b"I" + b"9" * 6000 + b"\n.",
+    b"ctorch.storage\nUntypedStorage\n(I99999999999\ntR.",
+    b"cbuiltins\nbytearray\n(I99999999999\ntR.",
+    b"ctorch\nzeros\n(I99999999999\ntR.",
+    b"\x80\x02}q\x00q\x01a.",
+    b"h\x09.",
+    b"0.",
+)
 
 
 def inputs(kind: str, seeds: Sequence[bytes], names: Sequence[str] = ()) -> Bytes:
@@ -56,9 +154,14 @@ def inputs(kind: str, seeds: Sequence[bytes], names: Sequence[str] = ()) -> Byte
         names: hostile names of files that are there.
     """
     nearly: dict[str, Callable[[bytes, st.SearchStrategy[Any]], Bytes]] = {
-        "json": _json, "lines": _lines, "yaml": _yaml, "tar": _tar, "safetensors": _safetensors, "png": _png,
+        "json": _json,
+        "lines": _lines,
+        "yaml": _yaml,
+        "tar": _tar,
+        "safetensors": _safetensors,
+        "png": _png,
         "torch": _torch,
-    }  # fmt: skip
+    }
     kinds = [st.sampled_from(seeds).flatmap(damaged), st.sampled_from(seeds), st.binary(max_size=400)]
     if kind in nearly:
         kinds += [st.sampled_from(seeds).flatmap(lambda seed: nearly[kind](seed, values(names)))] * 4
@@ -69,8 +172,14 @@ def values(names: Sequence[str] = ()) -> st.SearchStrategy[Any]:
     """Values of JSON that are not what a reader expects."""
     texts = st.one_of(st.sampled_from([*TEXTS, *names]), st.text(max_size=20), st.characters().map(str))
     leaves = st.one_of(
-        st.none(), st.booleans(), st.integers(), st.sampled_from(HUGE), st.floats(), st.sampled_from((0, -1, 1)), texts,
-    )  # fmt: skip
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.sampled_from(HUGE),
+        st.floats(),
+        st.sampled_from((0, -1, 1)),
+        texts,
+    )
     deep = st.integers(1, 400).map(_nested)
     return st.one_of(leaves, deep, st.recursive(leaves, _grown, max_leaves=6))
 
@@ -153,9 +262,24 @@ def _dumped(value: Any, *, plain: bool) -> bytes:
 
 
 _RAW_JSON = (
-    b"[" * 100_000, b'{"a":' * 50_000, b"[" * 900 + b"]" * 900, b'{"a":' * 990 + b"1" + b"}" * 990, b"1" * 5000, b"1e999",
-    b"", b"null", b"[]", b"{}", b'""', b"\xff\xfe{\0}\0", b"\xef\xbb\xbf{}", b'{"a":1,"a":2}', b"0", b"true", b'"\\ud800"',
-)  # fmt: skip
+    b"[" * 100_000,
+    b'{"a":' * 50_000,
+    b"[" * 900 + b"]" * 900,
+    b'{"a":' * 990 + b"1" + b"}" * 990,
+    b"1" * 5000,
+    b"1e999",
+    b"",
+    b"null",
+    b"[]",
+    b"{}",
+    b'""',
+    b"\xff\xfe{\0}\0",
+    b"\xef\xbb\xbf{}",
+    b'{"a":1,"a":2}',
+    b"0",
+    b"true",
+    b'"\\ud800"',
+)
 
 
 def _json(seed: bytes, values: st.SearchStrategy[Any]) -> Bytes:
@@ -227,7 +351,9 @@ def _png(draw: st.DrawFn, seed: bytes, values: st.SearchStrategy[Any]) -> bytes:
     elif kind == 3:
         text = chunk(b"iTXt", b"bitgen\0\1\0en\0\0" + zlib.compress(recipe))
     else:
-        text = chunk(draw(st.sampled_from((b"tEXt", b"iTXt", b"zTXt", b"iCCP", b"eXIf", b"acTL"))), b"bitgen\0" + recipe[:50])
+        text = chunk(
+            draw(st.sampled_from((b"tEXt", b"iTXt", b"zTXt", b"iCCP", b"eXIf", b"acTL"))), b"bitgen\0" + recipe[:50]
+        )
     shape = draw(st.sampled_from((seed[8:33],) * 6 + (_shape(2**31 - 1, 2**31 - 1), _shape(0, 0), _shape(1, 10**8))))
     behind = draw(st.sampled_from((seed[33:],) * 4 + (b"", chunk(b"IEND", b""))))
     parts = draw(st.sampled_from(((shape, text, behind),) * 3 + ((text, shape, behind), (shape, behind, text))))
@@ -249,23 +375,46 @@ def _tar(draw: st.DrawFn, seed: bytes, values: st.SearchStrategy[Any]) -> bytes:
             known.append((member.name, opened.read() if opened else b""))
     names = [name for name, _ in known] + ["../escaped.png", "/escaped.png", "a/../../b.png", "\x1b[2J.png", "c.txt"]
     kinds = (tarfile.REGTYPE,) * 6 + (
-        tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE,
-        tarfile.GNUTYPE_SPARSE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE, b"Z",
-    )  # fmt: skip
+        tarfile.SYMTYPE,
+        tarfile.LNKTYPE,
+        tarfile.CHRTYPE,
+        tarfile.BLKTYPE,
+        tarfile.FIFOTYPE,
+        tarfile.DIRTYPE,
+        tarfile.GNUTYPE_SPARSE,
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+        b"Z",
+    )
     for _ in range(draw(st.integers(1, 5))):
         member = tarfile.TarInfo(draw(st.sampled_from(names)))
         content = draw(st.sampled_from([content for _, content in known] + [b'{"text": "x"}', b"30 mtime=nan\n", b""]))
-        member.type, member.linkname = draw(st.sampled_from(kinds)), draw(st.sampled_from(("../secret.txt", "/etc/passwd")))
+        member.type, member.linkname = (
+            draw(st.sampled_from(kinds)),
+            draw(st.sampled_from(("../secret.txt", "/etc/passwd"))),
+        )
         member.size = draw(st.sampled_from((len(content),) * 6 + (0, 2**33, 8**11 - 1, 2**70)))
         member.pax_headers = draw(
             st.sampled_from(
-                ({}, {}, {"size": "-1"}, {"path": "../escaped.png"}, {"GNU.sparse.map": "0,9999999999"}, {"mtime": "nan"},
-                 {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9" * 20}, {"size": "9" * 5000},
-                 {"uid": "x"}, {"linkpath": "/etc/passwd", "hdrcharset": "BINARY"})
+                (
+                    {},
+                    {},
+                    {"size": "-1"},
+                    {"path": "../escaped.png"},
+                    {"GNU.sparse.map": "0,9999999999"},
+                    {"mtime": "nan"},
+                    {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9" * 20},
+                    {"size": "9" * 5000},
+                    {"uid": "x"},
+                    {"linkpath": "/etc/passwd", "hdrcharset": "BINARY"},
+                )
             )
-        )  # fmt: skip
+        )
         try:
-            head = member.tobuf(draw(st.sampled_from((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))), "utf-8", "surrogateescape")
+            head = member.tobuf(
+                draw(st.sampled_from((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))), "utf-8", "surrogateescape"
+            )
         except (ValueError, OverflowError):
             continue
         stream.write(head + content + bytes(-len(content) % 512))

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from unittest import mock
 
 sys.path += [str(Path(__file__).parents[1] / name) for name in ("engine", "runs")]
 
+import hostile
 import numpy as np
 import tiny
 import tiny_model
@@ -27,7 +28,6 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
-import hostile
 from bitgen_cli.engine.checkpoint import Checkpoint, RunFolder
 from bitgen_cli.engine.data import load_picture, picture_size, to_tensor
 from bitgen_cli.engine.data_report import read_bad
@@ -42,6 +42,7 @@ from bitgen_cli.engine.vocabulary import PromptReader, load_vocabulary
 from bitgen_cli.engine.weight_files import read_weight_file
 from bitgen_cli.errors import BitgenError
 from bitgen_cli.report import Silent
+from bitgen_cli.runs import inspect_config
 from bitgen_cli.runs import sweep as sweeps
 from bitgen_cli.runs.gen_priors import read_manifest as read_priors
 from bitgen_cli.runs.inspect_config import InspectOptions, inspect
@@ -73,7 +74,7 @@ class Reader:
     prepare: Callable[[Path], list[bytes]]
     read: Callable[[Path], object]
     share: float = 1.0
-    short: int = 25
+    short: int = 15
     refused: bool = False
 
 
@@ -123,6 +124,15 @@ class Prepared:
         return hostile.inputs(self.reader.kind, self.seeds, self.box.names)
 
 
+def _inspected(options: InspectOptions) -> object:
+    """What inspect-config finds; how much memory trainings need is not asked, which takes seconds and reads nothing."""
+    stages = ("tokenizer", "transformer", "subject")
+    with ExitStack() as held:
+        for stage in stages:
+            held.enter_context(mock.patch.object(inspect_config, f"{stage}_training_memory", return_value=None))
+        return inspect(options, Silent())
+
+
 # -- pictures and data sets --------------------------------------------------------------------------------------------
 
 
@@ -134,11 +144,20 @@ def _pictures(folder: Path) -> list[bytes]:
     palette = image.quantize(16)
     palette.info["transparency"] = 2
     made: list[tuple[Image.Image, str, dict[str, Any]]] = [
-        (image, "PNG", {}), (image, "PNG", {"exif": turned}), (grey, "PNG", {}), (palette, "PNG", {}),
-        (image, "JPEG", {"exif": turned}), (image.convert("CMYK"), "JPEG", {"progressive": True}), (image, "WEBP", {}),
-        (image, "WEBP", {"save_all": True, "append_images": [picture(4, (24, 16))]}), (image, "BMP", {}),
-        (image.convert("L"), "BMP", {}), (image, "GIF", {}), (image, "TIFF", {}), (image.convert("RGBA"), "PNG", {}),
-    ]  # fmt: skip
+        (image, "PNG", {}),
+        (image, "PNG", {"exif": turned}),
+        (grey, "PNG", {}),
+        (palette, "PNG", {}),
+        (image, "JPEG", {"exif": turned}),
+        (image.convert("CMYK"), "JPEG", {"progressive": True}),
+        (image, "WEBP", {}),
+        (image, "WEBP", {"save_all": True, "append_images": [picture(4, (24, 16))]}),
+        (image, "BMP", {}),
+        (image.convert("L"), "BMP", {}),
+        (image, "GIF", {}),
+        (image, "TIFF", {}),
+        (image.convert("RGBA"), "PNG", {}),
+    ]
     found = []
     for one, kind, options in made:
         stream = io.BytesIO()
@@ -255,12 +274,12 @@ def _origin(folder: Path) -> list[bytes]:
 def _read_config(file: Path) -> object:
     config, _, _ = read_model_config(file.parent)
     text_geometry(config.text_encoder)
-    return inspect(InspectOptions(str(file.parent)), Silent())
+    return _inspected(InspectOptions(str(file.parent)))
 
 
 def _read_origin(file: Path) -> object:
     read_origin(file.parent)
-    return inspect(InspectOptions(str(file.parent)), Silent())
+    return _inspected(InspectOptions(str(file.parent)))
 
 
 def _read_model(file: Path) -> object:
@@ -268,7 +287,9 @@ def _read_model(file: Path) -> object:
 
 
 def _small_tensors(folder: Path) -> list[bytes]:
-    save_file({"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.int64)}, folder / "x.safetensors", {"format": "pt"})
+    save_file(
+        {"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.int64)}, folder / "x.safetensors", {"format": "pt"}
+    )
     return [(folder / "x.safetensors").read_bytes()]
 
 
@@ -277,12 +298,20 @@ def _read_small_tensors(file: Path) -> object:
     return read_tensors(file, expected, torch.device("cpu"), torch.float32)
 
 
-_PUBLISHED = {"pos_start": torch.ones(1, 2, 4), "word_embed.weight": torch.ones(4, 2), "blocks.0.sa.q_bias": torch.ones(4)}
+_PUBLISHED = {
+    "pos_start": torch.ones(1, 2, 4),
+    "word_embed.weight": torch.ones(4, 2),
+    "blocks.0.sa.q_bias": torch.ones(4),
+}
 
 
 def _torch_file(folder: Path) -> list[bytes]:
     found = []
-    for content in (_PUBLISHED, {"trainer": {"gpt_fsdp": _PUBLISHED}}, {"vae": {"encoder.conv_in.weight": torch.ones(2)}}):
+    for content in (
+        _PUBLISHED,
+        {"trainer": {"gpt_fsdp": _PUBLISHED}},
+        {"vae": {"encoder.conv_in.weight": torch.ones(2)}},
+    ):
         for new in (True, False):
             stream = io.BytesIO()
             torch.save(content, stream, _use_new_zipfile_serialization=new)
@@ -303,10 +332,8 @@ def _index(folder: Path) -> list[bytes]:
 def _read_published(file: Path) -> object:
     read_weight_file(file)
     found = find_files(file)
-    try:
+    with suppress(BitgenError):  # a few tensors are no model
         model_of(found)
-    except BitgenError:
-        pass  # a few tensors are no model
     return None
 
 
@@ -352,9 +379,14 @@ def _read_text_cache(file: Path) -> object:
 
 def _subject(folder: Path) -> list[bytes]:
     header = Header(
-        token="[V]", class_word="dog", kind="lora", base={"transformer": "0" * 64}, base_name="demo",
-        recipe={"steps": 3, "nested": {"a": [1]}}, pictures=[{"file": "a.png", "sha256": "0" * 64}],
-    )  # fmt: skip
+        token="[V]",
+        class_word="dog",
+        kind="lora",
+        base={"transformer": "0" * 64},
+        base_name="demo",
+        recipe={"steps": 3, "nested": {"a": [1]}},
+        pictures=[{"file": "a.png", "sha256": "0" * 64}],
+    )
     save_subject(folder / "dog.safetensors", header, {ROW: torch.ones(4), START: torch.ones(4)}, torch.float32)
     return [(folder / "dog.safetensors").read_bytes()]
 
@@ -363,7 +395,7 @@ def _read_subject(file: Path) -> object:
     subject = read_subject(file)
     subject.tensors()
     assert subject.changes_text_encoder in (True, False)
-    return inspect(InspectOptions(str(file)), Silent())
+    return _inspected(InspectOptions(str(file)))
 
 
 def _recipe(folder: Path) -> list[bytes]:
@@ -376,7 +408,7 @@ def _recipe(folder: Path) -> list[bytes]:
 
 
 def _inspect_file(file: Path) -> object:
-    return inspect(InspectOptions(str(file)), Silent())
+    return _inspected(InspectOptions(str(file)))
 
 
 # -- configurations ----------------------------------------------------------------------------------------------------
@@ -394,11 +426,9 @@ def _override(folder: Path) -> list[bytes]:
 def _read_override(file: Path) -> object:
     text = file.read_bytes().decode("utf-8", "surrogateescape")
     with_others = [text, text.partition("=")[0] + "=7"]
-    try:
+    with suppress(BitgenError):  # not every override is one of a sweep
         sweeps.plan(sweeps.SweepOptions("train", (), (), tuple(with_others), Path("out")))
-    except BitgenError:
-        pass  # not every override is one of a sweep
-    return inspect(InspectOptions("demo", overrides=[text]), Silent())
+    return _inspected(InspectOptions("demo", overrides=[text]))
 
 
 def _swept(folder: Path) -> list[bytes]:
@@ -476,7 +506,7 @@ def _read_run(file: Path) -> object:
     run = RunFolder(file.parent)
     run.description()
     run.state()
-    return inspect(InspectOptions(str(file.parent)), Silent())
+    return _inspected(InspectOptions(str(file.parent)))
 
 
 def _read_metrics(file: Path) -> object:
@@ -565,9 +595,15 @@ def _priors(folder: Path) -> list[bytes]:
     put(folder, "0003.png", size=(16, 16))
     made = {"file": "0003.png", "seed": 3, "prompt": "a dog", "sha256": "0" * 64}
     manifest = {
-        "base": {"transformer": "0" * 64}, "base_name": "demo", "class_word": "dog", "templates": ["a {class}"], "seed": 3,
-        "sampling": {}, "size": [16, 16], "pictures": [made],
-    }  # fmt: skip
+        "base": {"transformer": "0" * 64},
+        "base_name": "demo",
+        "class_word": "dog",
+        "templates": ["a {class}"],
+        "seed": 3,
+        "sampling": {},
+        "size": [16, 16],
+        "pictures": [made],
+    }
     return [json.dumps(manifest).encode()]
 
 
@@ -605,9 +641,21 @@ READERS = {
         Reader("checkpoint", "checkpoints/step-0000003/state.json", "json", _checkpoint, _read_checkpoint),
         Reader("resume", "config.json", "json", _resumed, _read_resumed, share=0.5, short=10, refused=True),
         Reader("store manifest", "manifest.json", "json", _file_of_store("manifest.json"), _read_store, share=2),
-        Reader("store bits", "shard-00000.safetensors", "safetensors", _file_of_store("shard-00000.safetensors"), _read_store),
+        Reader(
+            "store bits",
+            "shard-00000.safetensors",
+            "safetensors",
+            _file_of_store("shard-00000.safetensors"),
+            _read_store,
+        ),
         Reader("store captions", "shard-00000.jsonl", "lines", _file_of_store("shard-00000.jsonl"), _read_store),
-        Reader("store text", "shard-00000.text.safetensors", "safetensors", _file_of_store("shard-00000.text.safetensors"), _read_store),
+        Reader(
+            "store text",
+            "shard-00000.text.safetensors",
+            "safetensors",
+            _file_of_store("shard-00000.text.safetensors"),
+            _read_store,
+        ),
         Reader("data report", "data_report.json", "json", _file_of_store("data_report.json"), read_bad, share=0.5),
         Reader("class pictures", "manifest.json", "json", _priors, lambda file: read_priors(file.parent), share=0.5),
     )
