@@ -21,6 +21,7 @@ from bitgen_cli.engine.convolution import LEAST_CHANNELS, LEAST_POSITIONS
 from bitgen_cli.engine.graphs import KEPT
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.streaming import SETS
+from bitgen_cli.engine.tensors import Unfilled
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import InputError
 from bitgen_cli.files import read_json
@@ -88,7 +89,7 @@ def text_geometry(config: TextEncoderConfig) -> TextGeometry | None:
         try:
             names = ("vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff")
             return TextGeometry(*(int(stored[name]) for name in names))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{file} does not describe a T5 encoder") from error
     return KNOWN_TEXT_ENCODERS.get(config.source)
 
@@ -116,7 +117,7 @@ class Parameters:
 def parameters(model: ModelConfig) -> Parameters:
     """Parameters per part, counted on the meta device."""
     geometry = text_geometry(model.text_encoder)
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         return Parameters(
             tokenizer_encoder=_count(Encoder(model.tokenizer)),
             tokenizer_decoder=_count(Decoder(model.tokenizer)),
@@ -236,7 +237,7 @@ def recordings_memory(drawing: SamplingMemory) -> int:
 
 def block_parameters(model: ModelConfig) -> int:
     """Parameters of one block of the transformer."""
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         return _count(Transformer(with_depth(model, 1)).blocks)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from bitgen_cli.config import SamplingConfig
 from bitgen_cli.engine.active_bits import bits_in_use
+from bitgen_cli.engine.captions import parse_json
 from bitgen_cli.engine.model_folder import BUILT_IN, Model, model_name
 from bitgen_cli.engine.sampling import plan
 from bitgen_cli.engine.scales import Schedule, buckets, nearest_ratio, ratios, schedule
@@ -175,10 +175,7 @@ def _read_lines(file: str) -> list[str]:
 
 
 def _from_json(options: SampleOptions, line: str, where: str) -> SampleOptions:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not valid JSON: {error}") from error
+    row = parse_json(line, where)
     for key, value in row.items():
         if key not in LINE_KEYS:
             raise UsageError(f"{where}: unknown key {key!r}", f"known: {', '.join(LINE_KEYS)}")
