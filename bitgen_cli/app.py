@@ -51,7 +51,7 @@ app = typer.Typer(
     name="bitgen",
     help="Bitwise autoregressive text-to-image models: sample, train, tokenize.",
     epilog="Exit codes: 0 done, 1 internal error, 2 wrong usage or configuration, 3 not enough resources, "
-    "4 missing or unreadable input, 5 training diverged, 130 interrupted.",
+    "4 missing or unreadable input, or lines of it, 5 training diverged, 130 interrupted.",
     add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -210,7 +210,8 @@ def sample(
         str | None,
         _option(
             "FILE",
-            "Prompts from a file, one a line, or JSON lines with options of their own; - reads stdin.",
+            "Prompts from a file, one a line, or JSON lines with options of their own; - reads stdin. Called again it "
+            "goes on.",
             names=("--prompts",),
         ),
     ] = None,
@@ -310,6 +311,7 @@ def sample(
             ("--output", "-o"),
         ),
     ] = None,
+    overwrite: Annotated[bool, _flag("--overwrite", "Replace pictures that are there.", _OUTPUT)] = False,
     grid: Annotated[
         bool,
         _flag("--grid", "Also write all pictures as one.", _OUTPUT),
@@ -377,6 +379,7 @@ def sample(
         bits=bits,
         subjects=tuple(subjects or ()),
         output=output,
+        overwrite=overwrite,
         grid=grid,
         metadata=not no_metadata,
         device=device,
@@ -387,12 +390,17 @@ def sample(
         text_cache=not no_text_cache,
         overrides=tuple(overrides or ()),
     )
-    with console.listening() as report:
-        result = draw(options, report)
+    # on a terminal the bar is there, and names come when it is gone
+    at_once = prompts_file is not None and not as_json and not sys.stdout.isatty()
+    with console.listening(apart=True) as report:
+        result = draw(options, report, *([console.show_picture] if at_once else []))
     if as_json:
         console.show_json(result.to_json())
     else:
-        console.show_samples(result, with_preview=preview)
+        console.show_samples(result, with_preview=preview, named=at_once)
+    if result.failures:
+        console.show_failures(result.failures)
+        raise typer.Exit(ExitCode.INPUT)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

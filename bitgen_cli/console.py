@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from bitgen_cli.report import Report, Table, Task
     from bitgen_cli.runs.finetune_subject import SubjectResult
     from bitgen_cli.runs.gen_priors import PriorResult
-    from bitgen_cli.runs.sample import SampleResult
+    from bitgen_cli.runs.prompt_file import Failure
+    from bitgen_cli.runs.sample import SampledPicture, SampleResult
     from bitgen_cli.runs.sweep import SweepResult, SweepRun
     from bitgen_cli.runs.tokenize import TokenizeResult
     from bitgen_cli.runs.train import TrainResult
@@ -57,6 +58,8 @@ PREVIEW_PICTURES = 4
 """Most pictures shown beside each other."""
 WORST, NAMED = 5, 10
 """Pictures named of which most is cut off, and of those that were skipped."""
+FAILURES = 20
+"""Lines of a prompt file whose failure is explained."""
 MUCH = 0.2
 """Share of a picture that is named when it is cut off."""
 CHANCE = 0.5
@@ -352,17 +355,37 @@ def show_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=2))
 
 
-def show_samples(result: SampleResult, *, with_preview: bool) -> None:
-    """Prints the path of every picture to stdout, and on a terminal shows the first ones small."""
+def show_picture(picture: SampledPicture) -> None:
+    """Prints the path of a picture to stdout as soon as it is there."""
+    print(picture.path, flush=True)
+
+
+def show_samples(result: SampleResult, *, with_preview: bool, named: bool = False) -> None:
+    """Prints the path of every picture to stdout, and on a terminal shows the first ones small.
+
+    Args:
+        result: what was written.
+        with_preview: whether pictures are shown.
+        named: whether `show_picture` has printed the paths.
+    """
     seeds = [picture.seed for picture in result.pictures]
     paths = [picture.path for picture in result.pictures]
     if with_preview:
         preview(paths if result.grid is None else [result.grid])
-    if seeds:
+    if seeds and result.manifest is None:
         many = len(set(seeds)) > 1
         _print_error_line(f"seeds {min(seeds)} to {max(seeds)}" if many else f"seed {seeds[0]}")
-    for path in [*paths, *([] if result.grid is None else [result.grid])]:
+    for path in [*([] if named else paths), *([] if result.grid is None else [result.grid])]:
         print(path)
+
+
+def show_failures(failures: Sequence[Failure]) -> None:
+    """Prints to stderr which lines of a prompt file could not be drawn, the first ones with the reason."""
+    for failure in failures[:FAILURES]:
+        _say(_console(sys.stderr), "error", "bold red", f"line {failure.line}: {failure.message}")
+    lines = len({failure.line for failure in failures})
+    more = f", {len(failures) - FAILURES} more are in --json" if len(failures) > FAILURES else ""
+    _say(_console(sys.stderr), "error", "bold red", f"{lines} {'line' if lines == 1 else 'lines'} failed{more}")
 
 
 def show_store(result: TokenizeResult) -> None:

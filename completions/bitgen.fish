@@ -13,7 +13,7 @@ complete -c bitgen -n __fish_use_subcommand -a inspect-config -d 'Show every val
 
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l model -r -F -a 'demo infinity-2b infinity-8b infinity-8b-512 infinity-vae-d16 infinity-vae-d24 infinity-vae-d32 infinity-vae-d64' -d 'A model or run folder, published weights by name (infinity-2b) or file, or demo, the built-in'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l num-images -s n -r -f -d 'Pictures per prompt'
-complete -c bitgen -n '__fish_seen_subcommand_from sample' -l prompts -r -F -d 'Prompts from a file, one a line, or JSON lines with options of their own; - reads stdin'
+complete -c bitgen -n '__fish_seen_subcommand_from sample' -l prompts -r -F -d 'Prompts from a file, one a line, or JSON lines with options of their own; - reads stdin. Called again it goes on'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l recipe -r -F -d 'Draw a picture again: a PNG made by bitgen, or its recipe as JSON. Other options win'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l seed -r -f -d 'Same seed, same picture; without one it is drawn and told'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l cfg -r -f -d 'Guidance: how strictly the prompt is followed; one number, or one per scale with commas'
@@ -31,6 +31,7 @@ complete -c bitgen -n '__fish_seen_subcommand_from sample' -l resolution -r -f -
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l bits -r -f -d 'Bits per latent position, where a model may be used with several'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l subject -r -F -d 'A learned subject: NAME or FILE, and :SCALE. Those named in the prompt are found anyway'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l output -s o -r -F -d 'A file, a folder, or a template such as out/{prompt}-{seed}.png'
+complete -c bitgen -n '__fish_seen_subcommand_from sample' -l overwrite -d 'Replace pictures that are there'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l grid -d 'Also write all pictures as one'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l no-metadata -d 'Leave the recipe out of the picture'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l preview -d 'Show the pictures small in the terminal'

@@ -1,45 +1,21 @@
-"""What to draw: options, prompt files, and the pictures that follow from them; nothing is loaded."""
+"""What to draw: options, and the pictures that follow from them; nothing is loaded."""
 
 from __future__ import annotations
 
 import secrets
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from bitgen_cli.config import SamplingConfig
 from bitgen_cli.engine.active_bits import bits_in_use
-from bitgen_cli.engine.captions import parse_json
 from bitgen_cli.engine.model_folder import BUILT_IN, Model, model_name
 from bitgen_cli.engine.sampling import plan
 from bitgen_cli.engine.scales import Schedule, buckets, nearest_ratio, ratios, schedule
 from bitgen_cli.engine.subject import Subject, Worn, choose_subjects, find_subject
 from bitgen_cli.engine.vocabulary import PromptReader
-from bitgen_cli.errors import InputError, UsageError
-from bitgen_cli.files import explain
+from bitgen_cli.errors import UsageError
 from bitgen_cli.presets import resolve_stored
-
-LINE_KEYS: dict[str, type | tuple[type, ...]] = {
-    "prompt": str,
-    "negative_prompt": str,
-    "seed": int,
-    "num_images": int,
-    "aspect": str,
-    "resolution": str,
-    "bits": int,
-    "output": str,
-    "cfg": (int, float, list),
-    "cfg_layer": (int, list),
-    "tau": (int, float, list),
-    "target_confidence": (int, float),
-    "top_k": int,
-    "top_p": (int, float),
-    "fast": int,
-    "refine": int,
-}  # fmt: skip
-"""What a line of a JSONL prompt file may say, and the types it may say it in."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +39,7 @@ class SampleOptions:
 
     Attributes:
         prompts: a picture, or `num_images` of them, for each.
-        prompts_file: more prompts, one a line or JSON lines with options of their own; `-` is stdin.
+        prompts_file: more prompts, one a line or JSON lines with options of their own (prompt_file); `-` is stdin.
         recipe: a picture, or a JSON file, whose recipe gives what is not said here.
         model: as in models.provide_model; None takes the recipe's.
         num_images: per prompt.
@@ -80,6 +56,7 @@ class SampleOptions:
         bits: per latent position, the first ones; None draws as many as the model was trained for.
         subjects: NAME or FILE, with :SCALE or without; those whose tokens stand in a prompt are found anyway.
         output: a file, a folder, or a template with {prompt}, {seed}, {index}, {model}.
+        overwrite: whether pictures that are there may be replaced.
         grid: also writes all pictures as one.
         metadata: whether pictures carry their recipe.
         device, dtype: as in engine.device.
@@ -113,6 +90,7 @@ class SampleOptions:
     bits: int | None = None
     subjects: tuple[str, ...] = ()
     output: str | None = None
+    overwrite: bool = False
     grid: bool = False
     metadata: bool = True
     device: str = "auto"
@@ -143,54 +121,6 @@ class Job:
         """Pictures with the same value are drawn in one batch."""
         worn = tuple((worn.subject.file, worn.scale) for worn in self.subjects)
         return self.sampling.model_dump_json(), self.schedule, self.bits, self.negative is None, worn
-
-
-
-def requested(options: SampleOptions) -> Iterator[SampleOptions]:
-    """The options of every prompt: those of the command line, with what its line of the prompt file says on top."""
-    for prompt in options.prompts:
-        yield replace(options, prompts=(prompt,))
-    if options.prompts_file is None:
-        return
-    name = "standard input" if options.prompts_file == "-" else options.prompts_file
-    for number, line in enumerate(_read_lines(options.prompts_file), 1):
-        if not line.strip():
-            continue
-        if line.lstrip().startswith("{"):
-            yield _from_json(options, line, f"{name}, line {number}")
-        else:
-            yield replace(options, prompts=(line.strip(),))
-
-
-def _read_lines(file: str) -> list[str]:
-    if file == "-":
-        return sys.stdin.read().splitlines()
-    path = Path(file)
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise explain(error, path, "read") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text") from error
-
-
-def _from_json(options: SampleOptions, line: str, where: str) -> SampleOptions:
-    row = parse_json(line, where)
-    for key, value in row.items():
-        if key not in LINE_KEYS:
-            raise UsageError(f"{where}: unknown key {key!r}", f"known: {', '.join(LINE_KEYS)}")
-        if isinstance(value, bool) or not isinstance(value, LINE_KEYS[key]):
-            raise UsageError(f"{where}: {key} cannot be {value!r}")
-    if "prompt" not in row:
-        raise UsageError(f"{where}: needs a prompt")
-    if row.get("num_images", 1) < 1:
-        raise UsageError(f"{where}: num_images must be at least 1")
-    changed = {key: value for key, value in row.items() if key != "prompt"}
-    for key in ("cfg", "tau"):
-        if key in changed:
-            changed[key] = ",".join(map(str, changed[key])) if isinstance(changed[key], list) else str(changed[key])
-    return replace(options, prompts=(row["prompt"],), **changed)
-
 
 def jobs_of(options: SampleOptions, model: Model, reader: PromptReader, known: Sequence[Subject]) -> list[Job]:
     """The pictures of one prompt.

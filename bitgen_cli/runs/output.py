@@ -107,20 +107,29 @@ def write_grid(images: list[Image.Image], options: SampleOptions, setting: Setti
         raise UsageError("--grid needs pictures of one size", "draw the others in another call")
     columns = min(len(images), max(1, round(len(images) ** 0.5)) if len(images) > 8 else len(images))
     stacked = torch.stack([to_tensor(image, (image.height, image.width)) for image in images])
-    place = Path(options.output or ".")
-    folder = place if _is_folder(options.output) else place.parent
-    path = _free(folder / "grid.png", setting.taken)
+    path = _free(output_folder(options.output) / "grid.png", setting.taken, overwrite=options.overwrite)
     with atomic_path(path) as temporary:
         grid(stacked, columns).save(temporary, format="PNG")
     return path
 
 
 def check_output(output: str, count: int) -> None:
-    fields = {name for _, name, _, _ in _fields(output) if name is not None}
+    """Raises UsageError where pictures cannot be named by what --output says.
+
+    Args:
+        output: a file, a folder or a template.
+        count: pictures that it names.
+    """
+    parts = _fields(output)
+    fields = {name for _, name, _, _ in parts if name is not None}
     unknown = fields - {"prompt", "seed", "index", "model"}
+    known = "known: {prompt} {seed} {index} {model}"
     if unknown:
-        known = "known: {prompt} {seed} {index} {model}"
         raise UsageError(f"--output {output}: unknown field {{{min(unknown)}}}", known)
+    if any(spec or conversion for _, _, spec, conversion in parts):
+        raise UsageError(f"--output {output}: a field is its name alone", known)
+    if fields and ".." in Path(output[output.index("{") :]).parts:
+        raise UsageError(f"--output {output} leads out of its folder", "leave .. out behind a field")
     if count > 1 and not fields and not _is_folder(output):
         hint = "give a folder, or a template with {index}"
         raise UsageError(f"--output {output} is one file for {count} pictures", hint)
@@ -137,22 +146,67 @@ def _is_folder(output: str | None) -> bool:
     return output is None or output.endswith(("/", "\\")) or Path(output).is_dir() or not Path(output).suffix
 
 
-def path_of(job: Job, index: int, setting: Setting) -> Path:
-    """Where a picture goes: a named file is replaced, every other name is a free one."""
+def output_folder(output: str | None) -> Path:
+    """The folder that all pictures lie in or below, by what --output says."""
+    if output is None or _is_folder(output):
+        return Path(output or ".")
+    return Path(f"{output.partition('{')[0]}_").parent
+
+
+def below(folder: Path, output: str) -> str:
+    """What a line of a prompt file says for --output, below a folder.
+
+    Raises:
+        UsageError: it leads out of there.
+    """
+    given = Path(output)
+    place = folder / given
+    try:
+        inside = place.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"output {output[:60]!r} cannot be a path: {error}") from None
+    if given.is_absolute() or ".." in given.parts or not inside:
+        raise UsageError(f"output {output[:60]!r} leads out of {folder}", "lines name paths below the output folder")
+    return f"{place}/" if output.endswith(("/", "\\")) else str(place)
+
+
+def named_file(output: str | None) -> Path | None:
+    """The one file that --output names, or None for a folder or a template."""
+    if output is None or _is_folder(output) or any(name is not None for _, name, _, _ in _fields(output)):
+        return None
+    return Path(output.replace("{{", "{").replace("}}", "}"))
+
+
+def require_free(path: Path, *, overwrite: bool) -> None:
+    """Raises UsageError where a picture that a user has named would replace what is there."""
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} is there already", "--output gives another name, --overwrite replaces it")
+
+
+def path_of(job: Job, index: int, setting: Setting, *, overwrite: bool = False) -> Path:
+    """Where a picture goes: the file that was named, else a free name; with `overwrite` one that this run has not used.
+
+    Raises:
+        UsageError: the file is there.
+    """
     output = job.output
+    named = named_file(output)
+    if named is not None:
+        require_free(named, overwrite=overwrite)
+        return named
     if output is not None and not _is_folder(output):
-        if not any(name is not None for _, name, _, _ in _fields(output)):
-            return Path(output)
         prompt, model = slug(job.prompt), slug(setting.name)
         values = {"prompt": prompt, "seed": str(job.seed), "index": f"{index:04d}", "model": model}
-        return _free(Path(string.Formatter().vformat(output, (), values)), setting.taken)
-    return _free(Path(output or ".") / f"{slug(job.prompt)}-{job.seed}.png", setting.taken)
+        path = Path(string.Formatter().vformat(output, (), values))
+    else:
+        path = Path(output or ".") / f"{slug(job.prompt)}-{job.seed}.png"
+    return _free(path, setting.taken, overwrite=overwrite)
 
 
-def _free(path: Path, taken: set[Path]) -> Path:
+def _free(path: Path, taken: set[Path], *, overwrite: bool) -> Path:
     """The path, or the same with -2, -3 ... when there is such a file already."""
     number, candidate = 1, path
-    while candidate in taken or candidate.exists():
+    while candidate in taken or (candidate.exists() and not overwrite):
         number += 1
         candidate = path.with_stem(f"{path.stem}-{number}")
     taken.add(candidate)

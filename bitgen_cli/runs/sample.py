@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
-from bitgen_cli.engine.device import keep_freed_memory
-from bitgen_cli.errors import UsageError
-from bitgen_cli.report import Report
-from bitgen_cli.runs.drawing import Picture, Setting, batches, draw, features_of, load_painter, placement_of, setting_of
-from bitgen_cli.runs.jobs import Job, SampleOptions, jobs_of, requested
-from bitgen_cli.runs.output import check_output, path_of, recipe_of, write_grid, write_picture
+from bitgen_cli.engine.device import give_back, keep_freed_memory, pick_device
+from bitgen_cli.errors import InputError, Interrupted, ResourceError, UsageError
+from bitgen_cli.place import Place, place
+from bitgen_cli.report import Report, Task
+from bitgen_cli.runs.drawing import (
+    Features,
+    Painter,
+    Picture,
+    Setting,
+    batches,
+    draw,
+    features_of,
+    load_painter,
+    placement_of,
+    setting_of,
+)
+from bitgen_cli.runs.jobs import Job, SampleOptions, jobs_of
+from bitgen_cli.runs.manifest import Key, Manifest
+from bitgen_cli.runs.output import (
+    check_output,
+    named_file,
+    output_folder,
+    path_of,
+    recipe_of,
+    require_free,
+    write_grid,
+    write_picture,
+)
+from bitgen_cli.runs.placement import Placement
+from bitgen_cli.runs.prompt_file import Failure, Request, requested
 from bitgen_cli.runs.prompts import tell_cut
 from bitgen_cli.runs.reproduce import load_recipe, tell_differences
+
+AHEAD = 256
+"""Pictures whose text features are in memory: the text encoder is loaded at most once for each so many."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +72,17 @@ class SampleResult:
         pictures: in the order of the prompts.
         grid: all of them as one, when asked for.
         seconds: drawing and writing took, without loading.
+        kept: pictures of the prompt file that were there already.
+        failures: lines of the prompt file that could not be drawn, in their order.
+        manifest: lists all pictures of the prompt file.
     """
 
     pictures: list[SampledPicture]
     grid: Path | None
     seconds: float
+    kept: int = 0
+    failures: tuple[Failure, ...] = ()
+    manifest: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result as one JSON object."""
@@ -54,61 +90,307 @@ class SampleResult:
             "pictures": [picture.to_json() for picture in self.pictures],
             "grid": None if self.grid is None else str(self.grid),
             "seconds": round(self.seconds, 3),
+            "kept": self.kept,
+            "failed": [{"line": failure.line, "error": failure.message} for failure in self.failures],
+            "manifest": None if self.manifest is None else str(self.manifest),
         }
 
 
-def sample(options: SampleOptions, report: Report) -> SampleResult:
+@dataclass(frozen=True)
+class _Planned:
+    """A picture to draw.
+
+    Attributes:
+        job: what.
+        index: among all that were asked for, the done ones too.
+        key: in the manifest; None for a prompt that was typed.
+    """
+
+    job: Job
+    index: int
+    key: Key | None = None
+
+
+@dataclass
+class _Done:
+    """What has become of a job so far; pictures by their index."""
+
+    pictures: dict[int, SampledPicture] = field(default_factory=dict)
+    images: dict[int, Image.Image] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    kept: int = 0
+
+
+def sample(
+    options: SampleOptions, report: Report, on_picture: Callable[[SampledPicture], None] = lambda _: None
+) -> SampleResult:
     """Draws the pictures and writes them.
+
+    The pictures of a prompt file are listed in a manifest, by which the same call goes on where another one was killed.
+    Lines that cannot be drawn do not stop the others. Of several processes each draws a share of the lines.
 
     Args:
         options: what and how.
         report: gets one bar over the pictures and notices about prompts that were cut.
+        on_picture: is called with each picture as soon as it is written.
 
     Raises:
         UsageError: no prompt, an empty prompt, options that do not fit the model or each other.
         InputError: the model or the prompt file cannot be read, the output cannot be written.
+        ResourceError: not enough memory or disk.
+        Interrupted: stopped by the user in a prompt file; the same call goes on.
     """
     keep_freed_memory()
+    here = place()
     options, recipe = load_recipe(options, report)
-    requests = list(requested(options))
-    if not requests:
-        raise UsageError("no prompt", 'for example: bitgen sample "a red dog on the moon"')
-    if not all(request.prompts[0].strip() for request in requests):
-        raise UsageError("the prompt is empty", "say what to draw")
+    done = _Done()
+    requests, done.failures = requested(options, here)
+    _check_whole(options, requests, bool(done.failures), here)
+    if here.count > 1:
+        options = replace(options, device=_own_device(options.device, here))
     setting = setting_of(options, report)
-    jobs = [job for request in requests for job in jobs_of(request, setting.model, setting.text.reader, setting.known)]
+    manifest = None
+    if options.prompts_file is not None:
+        manifest = Manifest(output_folder(options.output), anew=options.overwrite and here.count == 1)
+    planned = list(_plan(requests, options, setting, manifest, done))
+    jobs = [one.job for one in planned]
     _tell_subjects(jobs, report)
     if recipe is not None:
         tell_differences(recipe, jobs, setting, report)
-    if options.output is not None:
-        check_output(options.output, len(jobs))
     tell_cut((job.prompt for job in jobs), setting.text.reader, report)
-    placement = placement_of(jobs, setting, options)
-    features = features_of(jobs, setting, options, report)
-    painter = load_painter(setting, placement, options, report)
+    if done.kept:
+        report.notice(f"{done.kept} pictures of {options.prompts_file} are there already")
+    seconds = 0.0
+    if planned:
+        try:
+            seconds = _draw(planned, options, setting, manifest, done, report, on_picture)
+        except KeyboardInterrupt as error:
+            if manifest is None:
+                raise
+            count = f"{len(done.pictures)} of {len(planned)} pictures"
+            raise Interrupted(f"stopped after {count}", "the same command goes on") from error
+    _tell_refined([one.recipe["refined"] for one in done.pictures.values() if "refined" in one.recipe], report)
+    images = [done.images[index] for index in sorted(done.images)]
+    return SampleResult(
+        [done.pictures[index] for index in sorted(done.pictures)],
+        write_grid(images, options, setting) if images else None,
+        seconds,
+        done.kept,
+        tuple(sorted(done.failures, key=lambda failure: failure.line)),
+        None if manifest is None or not manifest.file.exists() else manifest.file,
+    )
+
+
+def _check_whole(options: SampleOptions, requests: Sequence[Request], failed: bool, here: Place) -> None:
+    """Raises UsageError where options do not go together, before anything is looked for."""
+    if here.count > 1 and (options.prompts_file is None or options.prompts or options.grid or options.overwrite):
+        raise UsageError(
+            f"{here.count} processes share the lines of a prompt file",
+            "give --prompts FILE alone, without --grid and --overwrite",
+        )
+    if not requests and not failed and here.count == 1:
+        raise UsageError("no prompt", 'for example: bitgen sample "a red dog on the moon"')
+    if options.output is not None:
+        count = sum(one.options.num_images for one in requests if one.options.output == options.output)
+        check_output(options.output, count)
+        named = named_file(options.output)
+        if named is not None and options.prompts_file is None:
+            require_free(named, overwrite=options.overwrite)
+
+
+def _own_device(name: str, here: Place) -> str:
+    """The GPU of this process where there are several of both."""
+    if name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return name
+    own = f"cuda:{here.local_rank % torch.cuda.device_count()}"
+    torch.cuda.set_device(pick_device(own))
+    return own
+
+
+def _plan(
+    requests: Sequence[Request], options: SampleOptions, setting: Setting, manifest: Manifest | None, done: _Done
+) -> Iterator[_Planned]:
+    """The pictures that are not there yet; lines that cannot be drawn become failures."""
+    named: set[Path] = set()
+    for request in requests:
+        own = request.options
+        try:
+            if own.output is not None and own.output != options.output:
+                check_output(own.output, own.num_images)
+            jobs = jobs_of(own, setting.model, setting.text.reader, setting.known)
+            keys = [None] * len(jobs) if manifest is None or not request.line else _keys(request, jobs, setting)
+            if manifest is not None:
+                jobs = _with_known_seeds(jobs, keys, manifest)
+            done_already = [key is not None and manifest is not None and manifest.is_done(key) for key in keys]
+            file = named_file(own.output)
+            if file is not None and not all(done_already):
+                require_free(file, overwrite=options.overwrite)
+                if file in named:
+                    raise UsageError(f"{file} is the output of another line")
+                named.add(file)
+        except (UsageError, InputError) as error:
+            if not request.line:
+                raise
+            done.failures.append(Failure(request.line, str(error)))
+            continue
+        done.kept += sum(done_already)
+        for number, (job, key) in enumerate(zip(jobs, keys, strict=True)):
+            if not done_already[number]:
+                yield _Planned(job, request.first + number, key)
+
+
+def _keys(request: Request, jobs: Sequence[Job], setting: Setting) -> list[Key | None]:
+    """Of the pictures of a line, by all that they are drawn by but a seed that was drawn at random."""
+    job = jobs[0]
+    content = [
+        request.text,
+        request.options.seed,
+        job.negative,
+        job.sampling.model_dump(mode="json"),
+        [job.schedule.ratio, job.schedule.sizes],
+        job.bits,
+        job.output,
+        [[worn.subject.sha256, worn.scale] for worn in job.subjects],
+        sorted(setting.model.fingerprints.items()),
+        [str(setting.dtype), setting.precision.name],
+    ]
+    of = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return [Key(request.line, of, number) for number in range(len(jobs))]
+
+
+def _with_known_seeds(jobs: list[Job], keys: Sequence[Key | None], manifest: Manifest) -> list[Job]:
+    """The pictures of a line by the seeds that were drawn for it when it was begun."""
+    for number, key in enumerate(keys):
+        seed = None if key is None else manifest.seed_of(key)
+        if seed is not None:
+            return [replace(job, seed=seed - number + k) for k, job in enumerate(jobs)]
+    return jobs
+
+
+def _draw(
+    planned: Sequence[_Planned],
+    options: SampleOptions,
+    setting: Setting,
+    manifest: Manifest | None,
+    done: _Done,
+    report: Report,
+    on_picture: Callable[[SampledPicture], None],
+) -> float:
+    """Draws and writes all pictures; returns the seconds it took."""
+    placement = placement_of([one.job for one in planned], setting, options)
+    chunks = [planned[start : start + AHEAD] for start in range(0, len(planned), AHEAD)]
+    loaded: list[Painter] = []
+    features = _prepare(chunks[0], setting, placement, loaded, options, report)
+    seconds = 0.0
+    with report.task("drawing", len(planned)) as task:
+        for number, chunk in enumerate(chunks):
+            if number:
+                features = _prepare(chunk, setting, placement, loaded, options, report)
+            started = time.perf_counter()
+            _draw_chunk(chunk, features, options, setting, loaded[0], manifest, done, task, on_picture)
+            seconds += time.perf_counter() - started
+    return seconds
+
+
+def _prepare(
+    chunk: Sequence[_Planned],
+    setting: Setting,
+    placement: Placement,
+    loaded: list[Painter],
+    options: SampleOptions,
+    report: Report,
+) -> list[Features]:
+    """Text features of a chunk. Loads the model, once more where the text encoder has no room beside it."""
+    jobs = [one.job for one in chunk]
+    try:
+        features = features_of(jobs, setting, options, report)
+    except (ResourceError, torch.OutOfMemoryError):
+        if not loaded:
+            raise
+        loaded.clear()
+        give_back(setting.device)
+        features = features_of(jobs, setting, options, report)
+    if not loaded:
+        loaded.append(load_painter(setting, placement, options, report))
+    return features
+
+
+def _draw_chunk(
+    chunk: Sequence[_Planned],
+    features: Sequence[Features],
+    options: SampleOptions,
+    setting: Setting,
+    painter: Painter,
+    manifest: Manifest | None,
+    done: _Done,
+    task: Task,
+    on_picture: Callable[[SampledPicture], None],
+) -> None:
+    """Draws pictures whose text features are there, and writes each batch when it is drawn."""
     setting = replace(setting, model=painter.model)
-    started = time.perf_counter()
-    pictures: dict[int, SampledPicture] = {}
-    images: dict[int, Image.Image] = {}
-    with report.task("drawing", len(jobs)) as task:
-        for batch in batches(jobs, placement.batch_size):
-            drawn = draw([jobs[i] for i in batch], [features[i] for i in batch], setting, painter, task)
-            for index, picture in zip(batch, drawn, strict=True):
-                pictures[index] = _write(picture, jobs[index], index, options, setting)
-                if options.grid:
-                    images[index] = picture.image
-                task.advance()
-    ordered = [pictures[i] for i in range(len(jobs))]
-    _tell_refined([picture.recipe["refined"] for picture in ordered if "refined" in picture.recipe], report)
-    sheet = write_grid([images[i] for i in range(len(jobs))], options, setting) if options.grid else None
-    return SampleResult(ordered, sheet, time.perf_counter() - started)
+    for batch in batches([one.job for one in chunk], painter.placement.batch_size):
+        own = [chunk[i] for i in batch]
+        drawn = draw([one.job for one in own], [features[i] for i in batch], setting, painter, task)
+        _write(own, drawn, options, setting, manifest, done, task, on_picture)
 
 
-def _write(picture: Picture, job: Job, index: int, options: SampleOptions, setting: Setting) -> SampledPicture:
-    recipe = recipe_of(job, picture, setting)
-    path = path_of(job, index, setting)
-    write_picture(path, picture.image, recipe if options.metadata else None)
-    return SampledPicture(path, job.prompt, job.seed, recipe)
+def _write(
+    planned: Sequence[_Planned],
+    drawn: Sequence[Picture],
+    options: SampleOptions,
+    setting: Setting,
+    manifest: Manifest | None,
+    done: _Done,
+    task: Task,
+    on_picture: Callable[[SampledPicture], None],
+) -> None:
+    """Names the pictures of a batch and writes them; of a prompt file they are listed first."""
+    recipes = [recipe_of(one.job, picture, setting) for one, picture in zip(planned, drawn, strict=True)]
+    paths = _names(planned, recipes, options, setting, manifest)
+    for one, picture, recipe, path in zip(planned, drawn, recipes, paths, strict=True):
+        task.advance()
+        if path is None:
+            continue
+        try:
+            write_picture(path, picture.image, recipe if options.metadata else None)
+        except InputError as error:
+            if one.key is None:
+                raise
+            done.failures.append(Failure(one.key.line, str(error)))
+            continue
+        done.pictures[one.index] = SampledPicture(path, one.job.prompt, one.job.seed, recipe)
+        if options.grid:
+            done.images[one.index] = picture.image
+        on_picture(done.pictures[one.index])
+
+
+def _names(
+    planned: Sequence[_Planned],
+    recipes: Sequence[dict[str, Any]],
+    options: SampleOptions,
+    setting: Setting,
+    manifest: Manifest | None,
+) -> list[Path | None]:
+    """Where pictures go; None for those that another process draws."""
+    paths: dict[int, Path | None] = {}
+    listed: list[tuple[Key, dict[str, Any]]] = []
+    names: list[Callable[[set[Path]], Path]] = []
+    waiting: list[int] = []
+    for number, (one, recipe) in enumerate(zip(planned, recipes, strict=True)):
+
+        def name(taken: set[Path], one: _Planned = one) -> Path:
+            setting.taken.update(taken)
+            return path_of(one.job, one.index, setting, overwrite=options.overwrite)
+
+        if manifest is None or one.key is None:
+            paths[number] = name(set())
+        else:
+            listed.append((one.key, {"prompt": one.job.prompt, "seed": one.job.seed, "recipe": recipe}))
+            names.append(name)
+            waiting.append(number)
+    if manifest is not None and listed:
+        paths |= zip(waiting, manifest.claim(listed, names), strict=True)
+    return [paths[number] for number in range(len(planned))]
 
 
 def _tell_subjects(jobs: Sequence[Job], report: Report) -> None:

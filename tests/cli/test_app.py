@@ -68,7 +68,9 @@ def picture(path: str, seed: int) -> SimpleNamespace:
 
 
 def sampled(*pictures: SimpleNamespace, grid: Path | None = None) -> SimpleNamespace:
-    return SimpleNamespace(pictures=list(pictures), grid=grid, to_json=lambda: RESULT)
+    return SimpleNamespace(
+        pictures=list(pictures), grid=grid, manifest=None, failures=(), to_json=lambda: RESULT
+    )
 
 
 def trained() -> SimpleNamespace:
@@ -277,7 +279,7 @@ def test_sample_hands_everything_over(fake: Fake) -> None:
     calls = fake("sample", "sample", sampled(picture("a.png", 1)))
     line = (
         "sample|a red dog|a blue cat|--model|m|-n|3|--batch-size|2|--seed|5|--cfg|4,3|--cfg-layer|1|--tau|0.5"
-        "|--top-k|2|--top-p|0.9|--greedy|--negative-prompt|rain|--aspect|16:9|--resolution|1M|--prompts|p.txt|-o|out/|--grid"
+        "|--top-k|2|--top-p|0.9|--greedy|--negative-prompt|rain|--aspect|16:9|--resolution|1M|--prompts|p.txt|-o|out/|--overwrite|--grid"
         "|--device|cpu|--dtype|bf16|--text-dtype|int8|--no-text-cache|--no-metadata|--set|sampling.tau=2|--set|sampling.cfg=1"
     )
     assert main(line.split("|")) == 0
@@ -298,6 +300,7 @@ def test_sample_hands_everything_over(fake: Fake) -> None:
         aspect="16:9",
         resolution="1M",
         output="out/",
+        overwrite=True,
         grid=True,
         metadata=False,
         device="cpu",

@@ -123,10 +123,14 @@ def test_a_seed_is_drawn_when_none_is_given(model: str) -> None:
     assert first.seed != second.seed
 
 
-def test_nothing_is_overwritten_unless_named(model: str) -> None:
+def test_nothing_is_overwritten_unless_that_is_wanted(model: str) -> None:
     first, second = draw(model, "a dog", seed=1)[0], draw(model, "a dog", seed=1)[0]
     assert (first.path.name, second.path.name) == ("a-dog-1.png", "a-dog-1-2.png")
-    named = draw(model, "a dog", seed=2, output="a-dog-1.png")[0]
+    before = first.path.read_bytes()
+    with pytest.raises(UsageError, match=r"a-dog-1\.png is there already .* --overwrite replaces it"):
+        draw(model, "a dog", seed=2, output="a-dog-1.png")
+    assert first.path.read_bytes() == before
+    named = draw(model, "a dog", seed=2, output="a-dog-1.png", overwrite=True)[0]
     assert named.path.name == "a-dog-1.png"
     assert pixels(named) == pixels(draw(model, "a dog", seed=2)[0])
 
@@ -204,6 +208,10 @@ def test_a_long_prompt_is_cut_with_a_notice(model: str) -> None:
         ({"prompts": ("a",), "dtype": "int3"}, UsageError, "unknown dtype"),
         ({"prompts": ("a",), "num_images": 2, "output": "one.png"}, UsageError, "one file for 2 pictures"),
         ({"prompts": ("a",), "output": "{what}.png"}, UsageError, "unknown field {what}"),
+        ({"prompts": ("a",), "output": "{prompt.real}.png"}, UsageError, "unknown field"),
+        ({"prompts": ("a",), "output": "{seed:>99999999999}.png"}, UsageError, "its name alone"),
+        ({"prompts": ("a",), "output": "out/{seed}/../../x.png"}, UsageError, "leads out"),
+        ({"prompts": ("a",), "seed": 2**64}, UsageError, "64 bits"),
         ({"prompts": ("a",), "overrides": ("model.depth=3",)}, UsageError, "only sampling values"),
         ({"prompts": ("a",), "greedy": True, "top_k": 5}, UsageError, "--greedy"),
         ({"prompts": ("a",), "greedy": True, "target_confidence": 0.8}, UsageError, "target_confidence"),
@@ -217,13 +225,6 @@ def test_mistakes_are_told(model: str, options: dict[str, object], error: type[B
     with pytest.raises(error, match=says.replace("{", r"\{")):
         sample(SampleOptions(model=model, **options), Silent())  # type: ignore[arg-type]
     assert not list(Path().glob("*.png"))
-
-
-@pytest.mark.parametrize("line", ['{"prompt": 3}', '{"seed": 1}', '{"prompt": "a", "sed": 1}', '{"prompt": '])
-def test_bad_prompt_lines_are_named(model: str, line: str) -> None:
-    Path("p.jsonl").write_text("a dog\n" + line + "\n")
-    with pytest.raises((UsageError, InputError), match="line 2"):
-        draw(model, prompts_file="p.jsonl")
 
 
 def test_missing_corrupt_and_foreign_models(model: str, tmp_path: Path) -> None:
