@@ -7,15 +7,18 @@ and shows the result. Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bitgen_cli import __version__
-from bitgen_cli.errors import BitgenError, DivergedError, ExitCode, InputError, Interrupted, UsageError
+from bitgen_cli.errors import BitgenError, DivergedError, ExitCode, InputError, Interrupted, Terminated, UsageError
 from bitgen_cli.place import place
 
 if TYPE_CHECKING:
@@ -51,7 +54,7 @@ app = typer.Typer(
     name="bitgen",
     help="Bitwise autoregressive text-to-image models: sample, train, tokenize.",
     epilog="Exit codes: 0 done, 1 internal error, 2 wrong usage or configuration, 3 not enough resources, "
-    "4 missing or unreadable input, or lines of it, 5 training diverged, 130 interrupted.",
+    "4 missing or unreadable input, or lines of it, 5 training diverged, 130 interrupted, 143 terminated.",
     add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -306,7 +309,7 @@ def sample(
         str | None,
         _option(
             "PATH",
-            "A file, a folder, or a template such as out/{prompt}-{seed}.png.",
+            "A file, a folder, or a template such as out/{prompt}-{seed}.png; - writes one PNG to stdout.",
             _OUTPUT,
             ("--output", "-o"),
         ),
@@ -353,7 +356,7 @@ def sample(
 ) -> None:
     """Draw pictures from prompts."""
     from bitgen_cli import console
-    from bitgen_cli.runs.jobs import SampleOptions
+    from bitgen_cli.runs.jobs import STDOUT, SampleOptions
     from bitgen_cli.runs.sample import sample as draw
 
     options = SampleOptions(
@@ -390,17 +393,48 @@ def sample(
         text_cache=not no_text_cache,
         overrides=tuple(overrides or ()),
     )
+    if output == STDOUT and as_json:
+        raise UsageError("--output - writes a picture to stdout, and --json writes there too", "choose one")
+    if output == STDOUT and sys.stdout.isatty():
+        raise UsageError("--output - writes a picture, which a terminal cannot show", "send it to a file or a program")
     # on a terminal the bar is there, and names come when it is gone
-    at_once = prompts_file is not None and not as_json and not sys.stdout.isatty()
-    with console.listening(apart=True) as report:
+    at_once = prompts_file is not None and not as_json and output != STDOUT and not sys.stdout.isatty()
+    with _terminable(), console.listening(apart=True) as report:
         result = draw(options, report, *([console.show_picture] if at_once else []))
     if as_json:
         console.show_json(result.to_json())
+    elif output == STDOUT:
+        sys.stdout.buffer.write(result.png or b"")
+        console.show_seeds(result)
     else:
         console.show_samples(result, with_preview=preview, named=at_once)
     if result.failures:
         console.show_failures(result.failures)
         raise typer.Exit(ExitCode.INPUT)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM end the block as Ctrl-C does, with whole files, and by an exit code of its own."""
+    asked: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as error:
+        if not asked:
+            raise
+        raise Terminated(str(error) or "stopped by SIGTERM") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -1075,7 +1109,7 @@ def _fail(message: str, code: int, kind: str = "error") -> int:
 
     rank = place().rank
     if rank:
-        if code == ExitCode.INTERRUPTED:
+        if code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
             return int(code)
         # what all ranks meet is told by the first; whoever started them ends the others meanwhile
         time.sleep(_AFTER_THE_FIRST)

@@ -368,15 +368,21 @@ def show_samples(result: SampleResult, *, with_preview: bool, named: bool = Fals
         with_preview: whether pictures are shown.
         named: whether `show_picture` has printed the paths.
     """
-    seeds = [picture.seed for picture in result.pictures]
     paths = [picture.path for picture in result.pictures]
     if with_preview:
         preview(paths if result.grid is None else [result.grid])
-    if seeds and result.manifest is None:
-        many = len(set(seeds)) > 1
-        _print_error_line(f"seeds {min(seeds)} to {max(seeds)}" if many else f"seed {seeds[0]}")
+    if result.manifest is None:
+        show_seeds(result)
     for path in [*([] if named else paths), *([] if result.grid is None else [result.grid])]:
         print(path)
+
+
+def show_seeds(result: SampleResult) -> None:
+    """Prints to stderr which seeds were drawn with."""
+    seeds = [picture.seed for picture in result.pictures]
+    if seeds:
+        many = len(set(seeds)) > 1
+        _print_error_line(f"seeds {min(seeds)} to {max(seeds)}" if many else f"seed {seeds[0]}")
 
 
 def show_failures(failures: Sequence[Failure]) -> None:

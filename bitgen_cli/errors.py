@@ -15,6 +15,7 @@ class ExitCode(IntEnum):
     INPUT = 4
     DIVERGED = 5
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 class BitgenError(Exception):
@@ -73,3 +74,9 @@ class Interrupted(BitgenError):
     """The user stopped the run; what was done is saved."""
 
     exit_code = ExitCode.INTERRUPTED
+
+
+class Terminated(Interrupted):
+    """Somebody ended the run with SIGTERM; what was done is saved."""
+
+    exit_code = ExitCode.TERMINATED

@@ -30,7 +30,7 @@ complete -c bitgen -n '__fish_seen_subcommand_from sample' -l aspect -r -f -d 'S
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l resolution -r -f -a '0.06M 0.25M 0.60M 1M' -d 'Pixel budget: 0.06M, 0.25M, 0.60M or 1M'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l bits -r -f -d 'Bits per latent position, where a model may be used with several'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l subject -r -F -d 'A learned subject: NAME or FILE, and :SCALE. Those named in the prompt are found anyway'
-complete -c bitgen -n '__fish_seen_subcommand_from sample' -l output -s o -r -F -d 'A file, a folder, or a template such as out/{prompt}-{seed}.png'
+complete -c bitgen -n '__fish_seen_subcommand_from sample' -l output -s o -r -F -d 'A file, a folder, or a template such as out/{prompt}-{seed}.png; - writes one PNG to stdout'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l overwrite -d 'Replace pictures that are there'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l grid -d 'Also write all pictures as one'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l no-metadata -d 'Leave the recipe out of the picture'

@@ -17,6 +17,9 @@ from bitgen_cli.engine.vocabulary import PromptReader
 from bitgen_cli.errors import UsageError
 from bitgen_cli.presets import resolve_stored
 
+STDOUT = "-"
+"""As --output: one picture that is not written to disk."""
+
 
 @dataclass(frozen=True)
 class Remembered:
@@ -55,7 +58,7 @@ class SampleOptions:
         resolution: pixel budget of a published schedule.
         bits: per latent position, the first ones; None draws as many as the model was trained for.
         subjects: NAME or FILE, with :SCALE or without; those whose tokens stand in a prompt are found anyway.
-        output: a file, a folder, or a template with {prompt}, {seed}, {index}, {model}.
+        output: a file, a folder, a template with {prompt}, {seed}, {index}, {model}, or STDOUT.
         overwrite: whether pictures that are there may be replaced.
         grid: also writes all pictures as one.
         metadata: whether pictures carry their recipe.

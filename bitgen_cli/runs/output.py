@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import string
@@ -93,13 +94,24 @@ def write_picture(path: Path, image: Image.Image, recipe: Mapping[str, Any] | No
         ResourceError: no space left.
         InputError: not allowed to write there.
     """
-    info = None
-    if recipe is not None:
-        info = PngImagePlugin.PngInfo()
-        info.add_itxt("parameters", _parameters(recipe))
-        info.add_itxt(RECIPE, json.dumps(recipe, ensure_ascii=False))
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+        image.save(temporary, format="PNG", pnginfo=_info(recipe))
+
+
+def picture_bytes(image: Image.Image, recipe: Mapping[str, Any] | None) -> bytes:
+    """The PNG that `write_picture` writes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=_info(recipe))
+    return buffer.getvalue()
+
+
+def _info(recipe: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo | None:
+    if recipe is None:
+        return None
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("parameters", _parameters(recipe))
+    info.add_itxt(RECIPE, json.dumps(recipe, ensure_ascii=False))
+    return info
 
 
 def write_grid(images: list[Image.Image], options: SampleOptions, setting: Setting) -> Path:

@@ -29,13 +29,14 @@ from bitgen_cli.runs.drawing import (
     placement_of,
     setting_of,
 )
-from bitgen_cli.runs.jobs import Job, SampleOptions, jobs_of
+from bitgen_cli.runs.jobs import STDOUT, Job, SampleOptions, jobs_of
 from bitgen_cli.runs.manifest import Key, Manifest
 from bitgen_cli.runs.output import (
     check_output,
     named_file,
     output_folder,
     path_of,
+    picture_bytes,
     recipe_of,
     require_free,
     write_grid,
@@ -75,6 +76,7 @@ class SampleResult:
         kept: pictures of the prompt file that were there already.
         failures: lines of the prompt file that could not be drawn, in their order.
         manifest: lists all pictures of the prompt file.
+        png: the picture, where it is not written to disk.
     """
 
     pictures: list[SampledPicture]
@@ -83,6 +85,7 @@ class SampleResult:
     kept: int = 0
     failures: tuple[Failure, ...] = ()
     manifest: Path | None = None
+    png: bytes | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result as one JSON object."""
@@ -119,6 +122,7 @@ class _Done:
     images: dict[int, Image.Image] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     kept: int = 0
+    png: bytes | None = None
 
 
 def sample(
@@ -150,7 +154,7 @@ def sample(
         options = replace(options, device=_own_device(options.device, here))
     setting = setting_of(options, report)
     manifest = None
-    if options.prompts_file is not None:
+    if options.prompts_file is not None and options.output != STDOUT:
         manifest = Manifest(output_folder(options.output), anew=options.overwrite and here.count == 1)
     planned = list(_plan(requests, options, setting, manifest, done))
     jobs = [one.job for one in planned]
@@ -178,6 +182,7 @@ def sample(
         done.kept,
         tuple(sorted(done.failures, key=lambda failure: failure.line)),
         None if manifest is None or not manifest.file.exists() else manifest.file,
+        done.png,
     )
 
 
@@ -190,7 +195,11 @@ def _check_whole(options: SampleOptions, requests: Sequence[Request], failed: bo
         )
     if not requests and not failed and here.count == 1:
         raise UsageError("no prompt", 'for example: bitgen sample "a red dog on the moon"')
-    if options.output is not None:
+    if options.output == STDOUT:
+        alone = sum(one.options.num_images for one in requests) == 1 and here.count == 1
+        if not alone or options.grid or requests[0].options.output != STDOUT:
+            raise UsageError("--output - writes one picture to stdout, and that alone", "a folder takes several")
+    elif options.output is not None:
         count = sum(one.options.num_images for one in requests if one.options.output == options.output)
         check_output(options.output, count)
         named = named_file(options.output)
@@ -222,7 +231,7 @@ def _plan(
             if manifest is not None:
                 jobs = _with_known_seeds(jobs, keys, manifest)
             done_already = [key is not None and manifest is not None and manifest.is_done(key) for key in keys]
-            file = named_file(own.output)
+            file = None if own.output == STDOUT else named_file(own.output)
             if file is not None and not all(done_already):
                 require_free(file, overwrite=options.overwrite)
                 if file in named:
@@ -346,6 +355,11 @@ def _write(
 ) -> None:
     """Names the pictures of a batch and writes them; of a prompt file they are listed first."""
     recipes = [recipe_of(one.job, picture, setting) for one, picture in zip(planned, drawn, strict=True)]
+    if options.output == STDOUT:
+        (one,), (picture,), (recipe,) = planned, drawn, recipes
+        done.png = picture_bytes(picture.image, recipe if options.metadata else None)
+        done.pictures[one.index] = SampledPicture(Path(STDOUT), one.job.prompt, one.job.seed, recipe)
+        return
     paths = _names(planned, recipes, options, setting, manifest)
     for one, picture, recipe, path in zip(planned, drawn, recipes, paths, strict=True):
         task.advance()

@@ -1,0 +1,53 @@
+"""pipeline.sh, which uses bitgen as a shell script does; and what a script gets wrong."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitgen_cli.__main__ import main
+
+SCRIPT = Path(__file__).with_name("pipeline.sh")
+
+
+def test_bitgen_in_a_pipeline(tmp_path: Path) -> None:
+    command = ["bash", SCRIPT, sys.executable]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["a dog", "--json"], "--json writes there too"),
+        (["a dog", "-n", "2"], "one picture to stdout"),
+        (["a dog", "a cat"], "one picture to stdout"),
+        (["a dog", "--grid"], "one picture to stdout"),
+        (["--prompts", "p.jsonl"], "one picture to stdout"),
+    ],
+)
+def test_stdout_takes_one_picture_alone(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("p.jsonl").write_text('{"prompt": "a dog", "output": "x.png"}\n')
+    assert main(["sample", *arguments, "--output", "-"]) == 2
+    shown = capsys.readouterr()
+    assert says in shown.err
+    assert shown.out == ""
+    assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_a_terminal_gets_no_picture(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "bitgen_cli", "sample", "a dog", "--output", "-"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=theirs, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(theirs)
+    os.close(ours)
+    assert done.returncode == 2
+    assert "which a terminal cannot show" in done.stderr
