@@ -344,6 +344,9 @@ class SamplingConfig(Section):
     fast: Annotated[int, Field(ge=0, le=3)] = Field(
         default=0, description="how much is left out on late scales: guidance, and positions that change little"
     )
+    refine: Annotated[int, Field(ge=0, le=16)] = Field(
+        default=0, description="rounds after drawing in which bits that the model finds unlikely are turned over"
+    )
 
 
 class OptimizerConfig(Section):

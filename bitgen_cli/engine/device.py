@@ -20,6 +20,8 @@ _M_MMAP_MAX = -4
 def pick_device(name: str) -> torch.device:
     """The device of that name; `auto` takes CUDA, then MPS, then the CPU.
 
+    Of several GPUs the one that is named becomes the current one: streams, events and graphs are made on that.
+
     Raises:
         ResourceError: it does not exist on this machine.
         UsageError: not a device name.
@@ -39,6 +41,8 @@ def pick_device(name: str) -> torch.device:
         raise ResourceError(f"device {name} does not exist: torch sees {count} CUDA devices", "--device cpu works")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ResourceError("device mps does not exist on this machine", "--device cpu works")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -70,6 +74,23 @@ def bf16_is_fast(device: torch.device) -> bool:
         has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
         return any(bool(check()) for check in (has_bf16, has_amx) if check is not None)
     return False
+
+
+def hardware(device: torch.device) -> str:
+    """What computes, as far as the last bits of a picture go by it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        threads = torch.get_num_threads()  # sums over several come in another order
+        return f"{torch.backends.cpu.get_cpu_capability()}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return platform.machine()
+
+
+def is_there(kind: str) -> bool:
+    """Whether this machine has a device of that type: cpu, cuda or mps."""
+    if kind == "cuda":
+        return torch.cuda.is_available()
+    return kind == "cpu" or (kind == "mps" and torch.backends.mps.is_available())
 
 
 def give_back(device: torch.device) -> None:

@@ -7,7 +7,6 @@ how it was learned.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 from bitgen_cli.config import Config, ModelConfig
 from bitgen_cli.config_keys import flatten
-from bitgen_cli.engine.captions import parse_json
 from bitgen_cli.engine.device import free_memory, pick_device
 from bitgen_cli.engine.memory import BYTES, Parameters, parameters, sampling_memory, store_bytes
 from bitgen_cli.engine.model_folder import read_origin
@@ -32,17 +30,14 @@ from bitgen_cli.errors import ConfigError, InputError, UsageError
 from bitgen_cli.files import explain, read_json
 from bitgen_cli.presets import EXTENDS, Resolved, preset_names, preset_path, resolve, resolve_stored
 from bitgen_cli.report import Report, Table
+from bitgen_cli.runs.recipe_file import PICTURES, is_picture, picture_recipe
 
-RECIPE = "bitgen"
-"""Text chunk of a PNG that holds its recipe as JSON."""
 CAPTION_TOKENS = 16
 """Tokens of a photo's caption that the memory of learning a subject is told for."""
 MODEL_FORMAT = 1
 """Of a model folder's config.json."""
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_FILES = (".yaml", ".yml", ".json", *_PICTURES)
+_FILES = (".yaml", ".yml", ".json", *PICTURES)
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ def inspect(options: InspectOptions, report: Report) -> InspectResult:
     if path.is_file() and path.suffix == SUFFIX:
         return _of_subject(read_subject(path), options)
     if path.is_file():
-        return _of_picture(path, options) if _is_picture(path) else _of_file(path, options, report)
+        return _of_picture(path, options) if is_picture(path) else _of_file(path, options, report)
     if options.target in {file.stem for file in unreadable_subjects()} | {s.name for s in known_subjects()}:
         return _of_subject(find_subject(options.target), options)
     if path.exists() or path.suffix.lower() in _FILES or len(path.parts) > 1:
@@ -205,37 +200,11 @@ def _model_tables(facts: Mapping[str, Any]) -> list[Table]:
     return [*tables, Table("Fetched from the hub", ["Repository", "Commit"], commits)] if commits else tables
 
 
-def _is_picture(path: Path) -> bool:
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(len(_PNG))
-    except OSError as error:
-        raise explain(error, path, "read") from error
-    return start == _PNG or path.suffix.lower() in _PICTURES
-
-
 def _of_picture(path: Path, options: InspectOptions) -> InspectResult:
     """The recipe inside a PNG; the pixels are not decoded."""
-    from PIL import Image
-
     if options.overrides:
         raise UsageError("--set belongs to configurations, not to a picture's recipe")
-    try:
-        with warnings.catch_warnings():
-            # the pixels are not read, however many they are
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                kind, size, text = image.format, image.size, image.info.get(RECIPE)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not a readable picture: {error}") from error
-    if not isinstance(text, str):
-        why = "" if kind == "PNG" else f"; only PNG pictures can, and this is {kind}"
-        raise InputError(
-            f"{path} carries no recipe of bitgen{why}", "it was made or saved by another program"
-        )
-    recipe = parse_json(text, f"{path} carries a damaged recipe")
-    if not isinstance(recipe, dict):
-        raise InputError(f"{path} carries a damaged recipe: it must hold keys and values")
+    recipe, size = picture_recipe(path)
     facts = {
         "kind": "picture",
         "target": options.target,

@@ -12,9 +12,9 @@ from typing import Any
 from bitgen_cli.config import SamplingConfig
 from bitgen_cli.engine.active_bits import bits_in_use
 from bitgen_cli.engine.captions import parse_json
-from bitgen_cli.engine.model_folder import Model, model_name
+from bitgen_cli.engine.model_folder import BUILT_IN, Model, model_name
 from bitgen_cli.engine.sampling import plan
-from bitgen_cli.engine.scales import Schedule, buckets, ratios, schedule
+from bitgen_cli.engine.scales import Schedule, buckets, nearest_ratio, ratios, schedule
 from bitgen_cli.engine.subject import Subject, Worn, choose_subjects, find_subject
 from bitgen_cli.engine.vocabulary import PromptReader
 from bitgen_cli.errors import InputError, UsageError
@@ -37,8 +37,24 @@ LINE_KEYS: dict[str, type | tuple[type, ...]] = {
     "top_k": int,
     "top_p": (int, float),
     "fast": int,
+    "refine": int,
 }  # fmt: skip
 """What a line of a JSONL prompt file may say, and the types it may say it in."""
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What a recipe gives in place of the model's own defaults.
+
+    Attributes:
+        sampling: all of its values.
+        ratio: height / width.
+        subjects: the picture was drawn with.
+    """
+
+    sampling: SamplingConfig
+    ratio: float
+    subjects: tuple[Worn, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,13 +64,15 @@ class SampleOptions:
     Attributes:
         prompts: a picture, or `num_images` of them, for each.
         prompts_file: more prompts, one a line or JSON lines with options of their own; `-` is stdin.
-        model: as in models.provide_model.
+        recipe: a picture, or a JSON file, whose recipe gives what is not said here.
+        model: as in models.provide_model; None takes the recipe's.
         num_images: per prompt.
         batch_size: pictures drawn at once; no influence on them. None takes as many as fit.
         seed: of each prompt's first picture, the next ones count up; None draws one.
         cfg, tau: a number, or one per scale with commas.
         cfg_layer, target_confidence, top_k, top_p: as in the sampling section of the configuration.
         fast: from 0, all of the work, to 3.
+        refine: rounds of it after drawing.
         greedy: top_k 1.
         negative_prompt: what guidance leads away from.
         aspect: W:H.
@@ -70,11 +88,13 @@ class SampleOptions:
         text_dtype: of the text encoder, as in engine.text_precision.
         text_cache: whether text features are kept on disk, and taken from there.
         overrides: sampling.KEY=VALUE.
+        remembered: from the recipe, once it is read.
     """
 
     prompts: tuple[str, ...] = ()
     prompts_file: str | None = None
-    model: str = "demo"
+    recipe: str | None = None
+    model: str | None = BUILT_IN
     num_images: int = 1
     batch_size: int | None = None
     seed: int | None = None
@@ -85,6 +105,7 @@ class SampleOptions:
     top_k: int | None = None
     top_p: float | None = None
     fast: int | None = None
+    refine: int | None = None
     greedy: bool = False
     negative_prompt: str | None = None
     aspect: str | None = None
@@ -101,6 +122,7 @@ class SampleOptions:
     text_dtype: str = "auto"
     text_cache: bool = True
     overrides: tuple[str, ...] = ()
+    remembered: Remembered | None = None
 
 
 @dataclass(frozen=True)
@@ -191,7 +213,12 @@ def jobs_of(options: SampleOptions, model: Model, reader: PromptReader, known: S
     if max(layers) > depth:
         raise UsageError(f"cfg_layer {max(layers)} is more than the model's {depth} blocks")
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    if not -(2**63) <= seed <= 2**64 - options.num_images:
+        raise UsageError(f"a seed has at most 64 bits, which {seed} has not")
     asked = [_worn(text) for text in options.subjects]
+    if options.remembered is not None:
+        texts = f"{prompt}\n{options.negative_prompt or ''}"
+        asked += [worn for worn in options.remembered.subjects if worn.subject.token in texts]
     subjects = choose_subjects(
         prompt, model, reader, known, asked, options.negative_prompt
     )
@@ -224,6 +251,7 @@ def chosen_sampling(options: SampleOptions, model: Model) -> SamplingConfig:
         "top_k": 1 if options.greedy else options.top_k,
         "top_p": options.top_p,
         "fast": options.fast,
+        "refine": options.refine,
     }
     if options.greedy and options.top_k not in (None, 1):
         raise UsageError(f"--greedy is --top-k 1 and cannot go with --top-k {options.top_k}")
@@ -233,7 +261,7 @@ def chosen_sampling(options: SampleOptions, model: Model) -> SamplingConfig:
         if not override.startswith("sampling."):
             raise UsageError(f"--set {override}: only sampling values can be set here", "for example sampling.cfg=4")
     given = {key: value for key, value in flags.items() if value is not None}
-    own = model.sampling.model_dump(mode="json")
+    own = (model.sampling if options.remembered is None else options.remembered.sampling).model_dump(mode="json")
     if options.tau is not None:
         own["target_confidence"] = None  # the model's own gives way
     stored = {
@@ -261,6 +289,8 @@ def _numbers(text: str | None, flag: str) -> float | list[float] | None:
 def _schedule(options: SampleOptions, model: Model) -> Schedule:
     scales = model.config.scales
     ratio = 1.0 if 1.0 in ratios(scales) else ratios(scales)[0]
+    if options.remembered is not None:
+        ratio = nearest_ratio(options.remembered.ratio, scales)
     if options.aspect is not None:
         (ratio,) = buckets(scales, [options.aspect])
     return schedule(scales, patchify=model.config.transformer.patchify, ratio=ratio, resolution=options.resolution)

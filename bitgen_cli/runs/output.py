@@ -6,6 +6,7 @@ import json
 import re
 import string
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +15,61 @@ from PIL import Image, PngImagePlugin
 
 from bitgen_cli import __version__
 from bitgen_cli.engine.data import grid, to_tensor
-from bitgen_cli.engine.device import DTYPES
+from bitgen_cli.engine.device import DTYPES, hardware
 from bitgen_cli.engine.model_folder import Model
 from bitgen_cli.errors import UsageError
 from bitgen_cli.files import atomic_path
-from bitgen_cli.runs.drawing import Setting
-from bitgen_cli.runs.inspect_config import RECIPE
+from bitgen_cli.runs.drawing import Picture, Setting
 from bitgen_cli.runs.jobs import Job, SampleOptions
+from bitgen_cli.runs.recipe_file import RECIPE
 
-_SHORT = {dtype: name for name, dtype in DTYPES.items()}
 
-
-def recipe_of(job: Job, image: Image.Image, setting: Setting) -> dict[str, Any]:
+def recipe_of(job: Job, picture: Picture, setting: Setting) -> dict[str, Any]:
     """Everything the picture can be drawn again from."""
     return {
         **base_recipe(job.prompt, job.negative, job.seed, setting.name, setting.model),
-        **({"text_dtype": text} if (text := setting.precision.name) != _SHORT[setting.dtype] else {}),
+        **({"text_dtype": text} if (text := setting.precision.name) != short_dtype(setting.dtype) else {}),
         "subjects": [
             {"name": worn.subject.name, "token": worn.subject.token, "scale": worn.scale, "sha256": worn.subject.sha256}
             for worn in job.subjects
         ],
         **job.sampling.model_dump(mode="json"),
-        "width": image.width,
-        "height": image.height,
+        "width": picture.image.width,
+        "height": picture.image.height,
         "ratio": job.schedule.ratio,
         "resolution": job.resolution,
         "bits": job.bits,
+        **({} if picture.refined is None else {"refined": picture.refined}),
     }
 
 
 def base_recipe(prompt: str, negative: str | None, seed: int, name: str, model: Model) -> dict[str, Any]:
     """The part of a recipe that says what was drawn, by which model, computed how."""
     assert model.transformer is not None
+    libraries = versions()
     return {
-        "bitgen": __version__,
+        "bitgen": libraries.pop("bitgen"),
         "prompt": prompt,
         "negative_prompt": negative,
         "seed": seed,
         "model": name,
         "fingerprints": model.fingerprints,
         **({"revisions": dict(model.revisions)} if model.revisions else {}),
-        "dtype": _SHORT[model.transformer.dtype],
+        "dtype": short_dtype(model.transformer.dtype),
         "device": model.transformer.device.type,
+        "hardware": hardware(model.transformer.device),
+        "libraries": libraries,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of bitgen, and of the libraries that compute a picture."""
+    return {"bitgen": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    """A number type as options name it."""
+    return next(name for name, other in DTYPES.items() if other == dtype)
 
 
 def _parameters(recipe: Mapping[str, Any]) -> str:
