@@ -243,7 +243,7 @@ def _of_subject(subject: Subject, options: InspectOptions) -> InspectResult:
     }
     tables = [
         _facts_table("Subject", {**known, "bytes": _bytes(subject.file.stat().st_size)}),
-        Table("Photos", ["File", "sha256"], [[picture["file"], picture["sha256"]] for picture in header.pictures]),
+        Table("Photos", ["File", "sha256"], [[p.get("file", ""), p.get("sha256", "")] for p in header.pictures]),
         Table("Base model (sha256)", ["Part", "Fingerprint"], [[part, value] for part, value in header.base.items()]),
         _facts_table("Recipe", header.recipe),
     ]

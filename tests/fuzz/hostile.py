@@ -17,6 +17,20 @@ from hypothesis import strategies as st
 
 Bytes = st.SearchStrategy[bytes]
 
+RECIPE = {
+    "prompt": "a dog",
+    "seed": 3,
+    "model": "demo",
+    "fingerprints": {"tokenizer": "0" * 64},
+    "ratio": 1.0,
+    "bits": 16,
+    "subjects": [{"name": "dog", "token": "[V]", "scale": 1.0, "sha256": "0" * 64}],
+    "width": 64,
+    "height": 64,
+    "cfg": [1.0, 2.0],
+    "top_p": 0.9,
+}
+"""What a picture was drawn by."""
 PNG = b"\x89PNG\r\n\x1a\n"
 HUGE = (2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63), 10**400)
 TEXTS = (
@@ -340,7 +354,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 @st.composite
 def _png(draw: st.DrawFn, seed: bytes, values: st.SearchStrategy[Any]) -> bytes:
     """A PNG whose chunks of text hold a recipe that is none."""
-    recipe = draw(_json(b'{"prompt": "a dog", "seed": 3, "model": {"name": "demo", "parts": ["x"]}}', values))
+    recipe = draw(_json(json.dumps(RECIPE).encode(), values))
     kind = draw(st.integers(0, 4))
     if kind == 0:
         text = chunk(b"tEXt", b"bitgen\0" + recipe)

@@ -40,15 +40,18 @@ from bitgen_cli.engine.subject import ROW, START, Header, read_subject, save_sub
 from bitgen_cli.engine.text_cache import TextCache, TextKey
 from bitgen_cli.engine.vocabulary import PromptReader, load_vocabulary
 from bitgen_cli.engine.weight_files import read_weight_file
-from bitgen_cli.errors import BitgenError
+from bitgen_cli.errors import BitgenError, InputError
+from bitgen_cli.place import Place
 from bitgen_cli.report import Silent
 from bitgen_cli.runs import inspect_config
 from bitgen_cli.runs import sweep as sweeps
 from bitgen_cli.runs.gen_priors import read_manifest as read_priors
 from bitgen_cli.runs.inspect_config import InspectOptions, inspect
-from bitgen_cli.runs.jobs import SampleOptions, jobs_of, requested
+from bitgen_cli.runs.jobs import SampleOptions, jobs_of
 from bitgen_cli.runs.local_files import find_files, model_of
 from bitgen_cli.runs.measurements import read_measurements
+from bitgen_cli.runs.prompt_file import requested
+from bitgen_cli.runs.recipe_file import read_recipe
 from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.tokenize import TokenizeOptions, tokenize
 
@@ -400,11 +403,19 @@ def _read_subject(file: Path) -> object:
 
 def _recipe(folder: Path) -> list[bytes]:
     stream, chunks = io.BytesIO(), PngImagePlugin.PngInfo()
-    chunks.add_text("bitgen", json.dumps({"prompt": "a dog", "seed": 3, "model": {"name": "demo"}}))
+    chunks.add_text("bitgen", json.dumps(hostile.RECIPE))
     picture(1).save(stream, format="PNG", pnginfo=chunks)
     plain = io.BytesIO()
     picture(1).save(plain, format="PNG")
     return [stream.getvalue(), plain.getvalue()]
+
+
+def _written_recipe(folder: Path) -> list[bytes]:
+    return [json.dumps(hostile.RECIPE).encode()]
+
+
+def _read_recipe(file: Path) -> object:
+    return read_recipe(file)
 
 
 def _inspect_file(file: Path) -> object:
@@ -472,9 +483,12 @@ def _read_prompts(file: Path) -> object:
     model = Model(file.parent, *read_model_config(file.parent))
     reader = PromptReader(load_vocabulary(file.parent / "text_encoder"), 16)
     jobs = []
-    for options in requested(SampleOptions(prompts_file=str(file))):
-        if options.num_images < 1000:
-            jobs += jobs_of(options, model, reader, [])
+    requests, failures = requested(SampleOptions(prompts_file=str(file)), Place())
+    for request in requests:
+        if request.options.num_images < 1000:
+            jobs += jobs_of(request.options, model, reader, [])
+    if failures:
+        raise InputError(failures[0].message)
     return jobs
 
 
@@ -630,6 +644,8 @@ READERS = {
         Reader("text cache", f"{_KEY.digest}.safetensors", "safetensors", _text_cache, _read_text_cache),
         Reader("subject", "dog.safetensors", "safetensors", _subject, _read_subject, share=3),
         Reader("recipe", "a.png", "png", _recipe, _inspect_file, share=3),
+        Reader("recipe to draw again", "a.png", "png", _recipe, _read_recipe, share=2),
+        Reader("recipe in JSON", "recipe.json", "json", _written_recipe, _read_recipe, share=2),
         Reader("yaml", "mine.yaml", "yaml", _presets, _inspect_file, share=2),
         Reader("override", "override", "yaml", _override, _read_override),
         Reader("sweep.json", "sweep.json", "json", _swept, _read_sweep, share=0.5, short=10),

@@ -50,6 +50,7 @@ REFUSED = {
     "measurements of which none is text": ("metrics.jsonl", lambda seed: b"\xff\xfe\n" + DEEP + b"\n"),
 }
 READ = {
+    "a photo of which nothing is told": ("subject", lambda seed: seed.replace(rb"\"file\":", rb"\"else\":", 1)),
     "a shape beyond all numbers": ("split", lambda seed: seed.replace(b"0.6", b"9" * 400, 1)),
     "a step that is no number": ("sweep state", lambda seed: _changed(seed, "step", to="three")),
 }
