@@ -72,7 +72,12 @@ _LEARNING = "Learning"
 
 
 def _option(
-    metavar: str, help: str, panel: str | None = None, names: tuple[str, ...] = (), least: int | None = None
+    metavar: str,
+    help: str,
+    panel: str | None = None,
+    names: tuple[str, ...] = (),
+    least: int | None = None,
+    most: int | None = None,
 ) -> Any:
     """An option with a value. The completions go by the metavar too (completions/generate.py).
 
@@ -81,9 +86,9 @@ def _option(
         help: one line.
         panel: heading in the help; None is the first one.
         names: with their dashes, where they are not the parameter's.
-        least: smallest value of a number.
+        least, most: smallest and largest value of a number.
     """
-    return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=panel, min=least)
+    return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=panel, min=least, max=most)
 
 
 def _flag(names: str, help: str, panel: str | None = None) -> Any:
@@ -265,6 +270,16 @@ def sample(
             "Less work on fine scales, 1 to 3: no guidance, and ever fewer positions predicted; 0 leaves nothing out.",
             _DRAWING,
             least=0,
+            most=3,
+        ),
+    ] = None,
+    refine: Annotated[
+        int | None,
+        _option(
+            "N",
+            "After drawing, turn over the bits of coarse scales that the model finds unlikely, in up to N rounds.",
+            _DRAWING,
+            least=0,
         ),
     ] = None,
     greedy: Annotated[
@@ -315,7 +330,9 @@ def sample(
     as_json: Json = False,
     batch_size: Annotated[
         int | None,
-        _option("N", "Pictures drawn at once, as many as fit by itself; no influence on them.", _COMPUTING, least=1),
+        _option(
+            "N", "Pictures drawn at once, by itself up to 8 if they fit; no influence on them.", _COMPUTING, least=1
+        ),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -324,13 +341,13 @@ def sample(
         _option(
             "HOW",
             "auto: what does not fit into a GPU's memory waits in the CPU's; none: all is on the GPU; "
-            "cpu: all that can waits. The pictures are the same.",
+            "cpu: all that can waits. The pictures are the same but for rounding.",
             _COMPUTING,
         ),
     ] = "auto",
     compile: Annotated[
         bool,
-        _flag("--compile", "Record a GPU's work and play it back: from the third picture on sooner.", _COMPUTING),
+        _flag("--compile", "Record a GPU's work and play it back: sooner from a third similar picture on.", _COMPUTING),
     ] = False,
     text_dtype: TextDtype = "auto",
     no_text_cache: NoTextCache = False,
@@ -357,6 +374,7 @@ def sample(
         top_k=top_k,
         top_p=top_p,
         fast=fast,
+        refine=refine,
         greedy=greedy,
         negative_prompt=negative_prompt,
         aspect=aspect,

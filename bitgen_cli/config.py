@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -22,8 +23,23 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+LARGEST = 2**40
+"""Beyond any number of anything: what is counted with stays a number of 64 bits, and can become a float."""
+
+
+MOST_BLOCKS = 200
+"""Of a transformer: a file that says more would be built for hours before its weights are missed."""
+
+
+def _countable(number: int) -> int:
+    if abs(number) > LARGEST:
+        raise ValueError(f"at most {LARGEST}")
+    return number
+
+
+Countable = Annotated[int, AfterValidator(_countable)]
+PositiveInt = Annotated[Countable, Field(gt=0)]
+NonNegativeInt = Annotated[Countable, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -83,7 +99,7 @@ class TokenizerConfig(Section):
         list[PositiveInt], Field(min_length=1, description="channels per level / base")
     ]
     res_blocks: Annotated[
-        int, Field(ge=1, description="residual blocks per encoder level; the decoder has one more")
+        int, Field(ge=1, le=100, description="residual blocks per encoder level; the decoder has one more")
     ]
     norm_groups: PositiveInt | None = Field(
         default=None,
@@ -138,7 +154,7 @@ class TokenizerConfig(Section):
 class TransformerConfig(Section):
     """Geometry of the Infinity transformer (INFINITY_FORMAT sections 4 and 7)."""
 
-    depth: PositiveInt = Field(description="blocks")
+    depth: PositiveInt = Field(le=MOST_BLOCKS, description="blocks")
     width: PositiveInt = Field(description="channels of the residual stream")
     heads: PositiveInt = Field(description="attention heads")
     ffn_ratio: PositiveFloat = Field(description="feed-forward width / width, rounded to a multiple of 256")
@@ -190,7 +206,7 @@ class TextEncoderConfig(Section):
     source: str = Field(min_length=1, description="transformers folder, hub repository, or `new`")
     vocabulary: PositiveInt | None = Field(default=None, description="most entries the vocabulary gets")
     width: PositiveInt | None = Field(default=None, description="channels; must equal transformer.text_width")
-    layers: PositiveInt | None = None
+    layers: Annotated[PositiveInt, Field(le=MOST_BLOCKS)] | None = None
     heads: PositiveInt | None = None
     ffn_width: PositiveInt | None = None
 
@@ -327,6 +343,9 @@ class SamplingConfig(Section):
     )
     fast: Annotated[int, Field(ge=0, le=3)] = Field(
         default=0, description="how much is left out on late scales: guidance, and positions that change little"
+    )
+    refine: Annotated[int, Field(ge=0, le=16)] = Field(
+        default=0, description="rounds after drawing in which bits that the model finds unlikely are turned over"
     )
 
 

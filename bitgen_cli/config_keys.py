@@ -55,8 +55,11 @@ def show(value: Any) -> str:
     """A value as one short line, as it could stand in a file."""
     try:
         text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = str(value)
+    except (TypeError, ValueError, RecursionError):
+        try:
+            text = str(value)
+        except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists
+            text = f"a {type(value).__name__} too large to show"
     text = " ".join(text.split())
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 

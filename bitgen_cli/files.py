@@ -198,7 +198,8 @@ def sha256(path: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # halves of characters, as in names that are no UTF-8, are what JSON can escape
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -210,12 +211,14 @@ def read_json(path: Path) -> Any:
     """The value of a JSON file.
 
     Raises:
-        InputError: missing, unreadable or not JSON.
+        InputError: missing, unreadable, not JSON or nested too deeply.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise explain(error, path, "read") from error
+    except RecursionError as error:
+        raise InputError(f"{path} is not valid JSON: nested too deeply") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
 

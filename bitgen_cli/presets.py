@@ -30,6 +30,9 @@ PREFIX = "BITGEN_"
 NOT_VALUES = frozenset({"BITGEN_HOME", "BITGEN_TRACEBACK", "BITGEN_PARITY"})
 """Environment variables of that prefix that are no configuration values."""
 
+MOST_VALUES = 100_000
+"""Of a file, each alias counted as what it stands for."""
+
 _NO_FLAGS: Mapping[str, Any] = {}
 
 
@@ -284,7 +287,7 @@ class _Layers:
     def _add_text(self, key: str, text: str, origin: str) -> None:
         """One value by its dotted key, written in YAML."""
         try:
-            value = yaml.safe_load(text)
+            value = parse_yaml(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             self._problems.append(f"{key} = {show(text)}: not valid YAML: {_reason(error)} ({origin})")
         else:
@@ -363,8 +366,9 @@ def _read(path: Path) -> _File:
     try:
         node = yaml.compose(text, yaml.SafeLoader)
         if node is not None:
+            _refuse_multiplied(node)
             _note_lines(node, "", path.name, lines, found)
-        values = {} if node is None else yaml.safe_load(text)
+        values = {} if node is None else _constructed(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UsageError(f"{path}, line {line}: not valid YAML: {_reason(error)}") from error
@@ -381,6 +385,45 @@ def _read(path: Path) -> _File:
     if base is not None and not isinstance(base, str):
         raise UsageError(f"{path}, line {lines[EXTENDS]}: extends must name a preset, not {show(base)}")
     return _File(path, base, values, lines, found)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a text in YAML, as a value of --set is written.
+
+    Raises:
+        yaml.YAMLError: not YAML.
+        ValueError: a value that is not what its tag says, or aliases that stand for too many values.
+        RecursionError: nested too deeply.
+    """
+    node = yaml.compose(text, yaml.SafeLoader)
+    if node is None:
+        return None
+    _refuse_multiplied(node)
+    return _constructed(text)
+
+
+def _constructed(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError("a value is not what its tag says") from error
+
+
+def _refuse_multiplied(node: yaml.Node) -> None:
+    """Raises ValueError where aliases of aliases stand for more values than anybody writes down."""
+    known: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in known:
+            known[id(node)] = 1  # what it is itself part of counts once
+            if isinstance(node, yaml.SequenceNode):
+                known[id(node)] += sum(size(item) for item in node.value)
+            elif isinstance(node, yaml.MappingNode):
+                known[id(node)] += sum(size(part) for pair in node.value for part in pair)
+        return known[id(node)]
+
+    if size(node) > MOST_VALUES:
+        raise ValueError(f"its aliases stand for more than {MOST_VALUES} values")
 
 
 def _note_lines(

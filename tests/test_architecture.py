@@ -45,7 +45,8 @@ ENGINE_ORDER = {
     "layers": {"scales"},
     "transformer": {"layers", "scales"},
     "pruning": {"bits", "scales"},
-    "sampling": {"transformer", "tokenizer", "active_bits", "pruning", "pyramid", "bits", "scales"},
+    "refine": {"transformer", "active_bits", "pyramid", "bits", "scales"},
+    "sampling": {"transformer", "tokenizer", "active_bits", "pruning", "refine", "pyramid", "bits", "scales"},
 }
 """The walk of a picture through the engine: each module to the engine modules it may import."""
 

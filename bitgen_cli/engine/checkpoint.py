@@ -351,13 +351,13 @@ class RunFolder:
         if not self.metrics.is_file():
             return step
         kept, last = [], step
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 measured = json.loads(line)["step"]
                 if measured <= step:
                     kept.append(line + "\n")
                 last = max(last, measured)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # a line cut off in the middle of being written
         with atomic_path(self.metrics) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")

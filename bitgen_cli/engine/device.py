@@ -20,6 +20,8 @@ _M_MMAP_MAX = -4
 def pick_device(name: str) -> torch.device:
     """The device of that name; `auto` takes CUDA, then MPS, then the CPU.
 
+    Of several GPUs the one that is named becomes the current one: streams, events and graphs are made on that.
+
     Raises:
         ResourceError: it does not exist on this machine.
         UsageError: not a device name.
@@ -39,6 +41,8 @@ def pick_device(name: str) -> torch.device:
         raise ResourceError(f"device {name} does not exist: torch sees {count} CUDA devices", "--device cpu works")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ResourceError("device mps does not exist on this machine", "--device cpu works")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

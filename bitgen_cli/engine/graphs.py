@@ -103,6 +103,11 @@ class RecordedTransformer:
         """Of the transformer."""
         return self._transformer.depth
 
+    def __call__(self, inputs: Tensor, text: TextFeatures, schedule: Schedule) -> Tensor:
+        """As of the transformer, not recorded."""
+        logits: Tensor = self._transformer(inputs, text, schedule)
+        return logits
+
     def null_features(self, lengths: Sequence[int]) -> TextFeatures:
         """Of the transformer."""
         return self._transformer.null_features(lengths)

@@ -133,7 +133,7 @@ def _parts(file: Path) -> tuple[str, str]:
 
 
 def _template(ratio: float) -> float:
-    return min(PUBLISHED, key=lambda known: abs(known - ratio))
+    return min(PUBLISHED, key=lambda known: abs(known - min(ratio, max(PUBLISHED))))
 
 
 def open_coco(

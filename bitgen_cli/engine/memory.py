@@ -18,8 +18,10 @@ from bitgen_cli.config import ModelConfig, TextEncoderConfig, TokenizerConfig
 from bitgen_cli.engine.autoencoder import Decoder, Encoder
 from bitgen_cli.engine.bands import BAND, GPU_BAND
 from bitgen_cli.engine.convolution import LEAST_CHANNELS, LEAST_POSITIONS
+from bitgen_cli.engine.graphs import KEPT
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.streaming import SETS
+from bitgen_cli.engine.tensors import Unfilled
 from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import InputError
 from bitgen_cli.files import read_json
@@ -87,7 +89,7 @@ def text_geometry(config: TextEncoderConfig) -> TextGeometry | None:
         try:
             names = ("vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff")
             return TextGeometry(*(int(stored[name]) for name in names))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{file} does not describe a T5 encoder") from error
     return KNOWN_TEXT_ENCODERS.get(config.source)
 
@@ -115,7 +117,7 @@ class Parameters:
 def parameters(model: ModelConfig) -> Parameters:
     """Parameters per part, counted on the meta device."""
     geometry = text_geometry(model.text_encoder)
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         return Parameters(
             tokenizer_encoder=_count(Encoder(model.tokenizer)),
             tokenizer_decoder=_count(Decoder(model.tokenizer)),
@@ -222,10 +224,28 @@ def sampling_memory(
     )
 
 
+def recordings_memory(drawing: SamplingMemory) -> int:
+    """Bytes that drawing takes besides where scales are recorded (graphs.py).
+
+    Cache, prompts of every length that is kept, and the work of a step then stay where they are while a prompt of a new
+    length or the decoder computes.
+    """
+    stays = drawing.kv_cache + KEPT * drawing.text_cache + drawing.transformer_work
+    goes = drawing.kv_cache + drawing.text_cache + drawing.transformer_work
+    return stays + max(drawing.transformer_work, drawing.decoder_work) - max(goes, drawing.decoder_work)
+
+
 def block_parameters(model: ModelConfig) -> int:
     """Parameters of one block of the transformer."""
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         return _count(Transformer(with_depth(model, 1)).blocks)
+
+
+def waiting_memory(model: ModelConfig, number: int) -> int:
+    """Bytes of the CPU's memory that a waiting block takes: torch locks its pages in powers of two."""
+    with torch.device("meta"):
+        block = Transformer(with_depth(model, 1)).blocks
+    return sum(1 << (parameter.numel() * number - 1).bit_length() for parameter in block.parameters())
 
 
 def with_depth(model: ModelConfig, depth: int) -> ModelConfig:

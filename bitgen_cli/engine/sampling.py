@@ -16,6 +16,7 @@ from bitgen_cli.config import SamplingConfig
 from bitgen_cli.engine import pruning, pyramid
 from bitgen_cli.engine.active_bits import logits_in_use, widened_positions
 from bitgen_cli.engine.bits import codes, to_grid, to_positions
+from bitgen_cli.engine.refine import Refined, refine
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import AfterBlock, Predictor, TextFeatures
@@ -40,6 +41,7 @@ class SamplingPlan:
         confidence: where it is given, each picture's temperature at each scale is the one with which its bits are so
             sure on average, and tau plays no part.
         fast: how much is left out on late scales (pruning.py); 0 is nothing.
+        refine: rounds in which unlikely bits of finished pictures are turned over (refine.py).
     """
 
     cfg: tuple[float, ...]
@@ -49,6 +51,7 @@ class SamplingPlan:
     top_p: float
     confidence: float | None = None
     fast: int = 0
+    refine: int = 0
 
 
 def plan(config: SamplingConfig, scales: int) -> SamplingPlan:
@@ -66,6 +69,7 @@ def plan(config: SamplingConfig, scales: int) -> SamplingPlan:
         top_p=config.top_p,
         confidence=config.target_confidence,
         fast=config.fast,
+        refine=config.refine,
     )
 
 
@@ -147,10 +151,17 @@ def choose_bits(probabilities: Tensor, generators: Sequence[torch.Generator]) ->
 
 @dataclass(frozen=True)
 class Drawn:
-    """Bits of a batch: per scale (B, d, h, w) bool, and their quantised sum (B, d, H, W) float32."""
+    """Bits of a batch.
+
+    Attributes:
+        bits: per scale (B, d, h, w) bool.
+        total: their quantised sum (B, d, H, W) float32.
+        refined: what refinement has changed, where there was any.
+    """
 
     bits: list[Tensor]
     total: Tensor
+    refined: Refined | None = None
 
 
 @torch.inference_mode()
@@ -263,7 +274,7 @@ def generate(
     on_scale: Callable[[int], None] | None = None,
     in_bands: bool = False,
 ) -> tuple[Tensor, Drawn]:
-    """Pictures of prompts: bits scale by scale, then the decoder.
+    """Pictures of prompts: bits scale by scale, refined where asked for, then the decoder.
 
     Args: as `draw_bits`; `tokenizer` decodes, `in_bands` of rows where memory is scarce.
 
@@ -271,6 +282,9 @@ def generate(
         Images (B, 3, height, width) float32 RGB in [-1, 1], and the bits they came from.
     """
     drawn = draw_bits(transformer, text, schedule, plan, seeds, bits=bits, negative=negative, on_scale=on_scale)
+    if plan.refine:
+        refined = refine(transformer, text, schedule, drawn.bits, plan.refine)
+        drawn = Drawn(refined.bits, pyramid.decode(refined.bits, schedule), refined)
     dtype = next(tokenizer.parameters()).dtype
     # one at a time: convolutions of a batch round differently, and a picture must not depend on its company
     images = [tokenizer.decode(total, in_bands=in_bands).float() for total in torch.split(drawn.total.to(dtype), 1)]

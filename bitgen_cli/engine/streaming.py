@@ -42,6 +42,8 @@ class StreamedBlocks:
             for block in self._waiting[:SETS]
         ]
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        if self._copying is not None:  # the sets' memory may still be read by what it belonged to
+            self._copying.wait_stream(torch.cuda.current_stream(device))
         self._copied = [_Event(device) for _ in self._sets]
         self._used = [_Event(device) for _ in self._sets]
 

@@ -31,7 +31,7 @@ from bitgen_cli.engine.vocabulary import (
     load_vocabulary,
     new_vocabulary,
 )
-from bitgen_cli.errors import InputError
+from bitgen_cli.errors import BitgenError, InputError
 from bitgen_cli.files import explain, sha256
 from bitgen_cli.report import Report, Silent
 
@@ -198,7 +198,9 @@ def load_text_encoder(
     try:
         model = T5EncoderModel.from_pretrained(folder, dtype=dtype, use_safetensors=Path(source).is_dir() or None)
         vocabulary = load_vocabulary(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (BitgenError, MemoryError):
+        raise
+    except Exception as error:  # transformers and its parts raise what they like for a configuration that is none
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot load the text encoder {source}: {reason}") from error
     encoder = TextEncoder(model, vocabulary, max_length).to(device)

@@ -96,6 +96,8 @@ class Predictor(Protocol):
     @property
     def depth(self) -> int: ...
 
+    def __call__(self, inputs: Tensor, text: TextFeatures, schedule: Schedule) -> Tensor: ...
+
     def null_features(self, lengths: Sequence[int]) -> TextFeatures: ...
 
     def condition(self, text: TextFeatures) -> Condition: ...
@@ -220,7 +222,7 @@ class Transformer(nn.Module):
         x = torch.cat((self._start(pooled), self.bit_embedding(inputs.to(self.dtype)).float()), dim=1) + scales
         rope = self.rope(schedule)
         branches = [None] * len(self.blocks) if kept is None else kept.unbind()
-        for block, factors in zip(self.blocks, branches, strict=True):
+        for block, factors in zip(self.in_turn(self.each_block), branches, strict=True):
             seen = (x, modulation, projected, mask, rope, schedule.slices, factors)
             if self.checkpoint_activations and self.training:
                 x = checkpoint(block, *seen, use_reentrant=False)

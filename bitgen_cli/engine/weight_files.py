@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitgen_cli.engine.infinity_weights import Renamed, renamed_tokenizer, renamed_transformer
-from bitgen_cli.errors import InputError
+from bitgen_cli.errors import InputError, ResourceError
 from bitgen_cli.files import explain, read_json
 
 TOKENIZER, TRANSFORMER = "tokenizer", "transformer"
@@ -198,6 +198,8 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} is not a readable safetensors file: {error}") from error
     except OSError as error:
         raise explain(error, file, "read") from error
+    except MemoryError as error:
+        raise ResourceError(f"{file} asks for more memory than there is", "is it the whole file, as it was?") from error
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{file} holds other things than tensors, or is damaged; they are not opened", "save the state dict alone"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from bitgen_cli.engine.model_folder import (
     model_name,
     read_model_config,
 )
+from bitgen_cli.engine.refine import Refined
 from bitgen_cli.engine.sampling import generate, plan
 from bitgen_cli.engine.subject import Subject, known_subjects, wearing
 from bitgen_cli.engine.text_precision import TextPrecision, pick_text_precision
@@ -30,7 +32,7 @@ from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Report, Task
 from bitgen_cli.runs.jobs import Job, SampleOptions
 from bitgen_cli.runs.models import provide_model
-from bitgen_cli.runs.placement import Placement, Wanted, place
+from bitgen_cli.runs.placement import Placement, Wanted, check_offload, place
 from bitgen_cli.runs.prompts import Prompt, TextModel, find_text_model, text_features
 
 SMALL_WIDTH = 512
@@ -84,6 +86,7 @@ def setting_of(options: SampleOptions, report: Report) -> Setting:
         InputError: no such model, or one that cannot draw.
     """
     device = pick_device(options.device)
+    _check_computing(options, device)
     asked = options.model or BUILT_IN
     folder = provide_model(asked, report)
     dtype = drawing_dtype(options.dtype, folder, device)
@@ -93,6 +96,15 @@ def setting_of(options: SampleOptions, report: Report) -> Setting:
         raise InputError(f"the model {folder} has no transformer yet", "bitgen train makes one")
     name = asked if asked == BUILT_IN else model_name(folder)
     return Setting(name, model, find_text_model(model, report), precision, dtype, device, known_subjects())
+
+
+def _check_computing(options: SampleOptions, device: torch.device) -> None:
+    """Raises UsageError where options of computing are none, or none of this device: before a model is fetched."""
+    check_offload(options.offload)
+    pick_dtype(options.dtype, device)
+    pick_text_precision(options.text_dtype, torch.float32, device)
+    if options.compile and device.type != "cuda":
+        raise UsageError(f"--compile records what a GPU is given to do, and the device is {device}")
 
 
 @dataclass(frozen=True)
@@ -121,10 +133,7 @@ def placement_of(jobs: Sequence[Job], setting: Setting, options: SampleOptions) 
 
     Raises:
         ResourceError: it does not fit.
-        UsageError: options that this device has not.
     """
-    if options.compile and setting.device.type != "cuda":
-        raise UsageError(f"--compile records what a GPU is given to do, and the device is {setting.device}")
     prompts = {text for job in jobs for text in (job.prompt, job.negative) if text is not None}
     wanted = Wanted(
         setting.model.config,
@@ -134,6 +143,7 @@ def placement_of(jobs: Sequence[Job], setting: Setting, options: SampleOptions) 
         options.batch_size,
         setting.dtype.itemsize,
         max(map(len, setting.text.reader.tokenise(list(prompts)))),
+        options.compile,
     )
     return place(wanted, options.offload, setting.device)
 
@@ -150,10 +160,10 @@ def load_painter(setting: Setting, placement: Placement, options: SampleOptions,
     assert model.transformer is not None
     if (told := placement.told()) is not None:
         report.notice(told)
-    if options.compile and placement.waiting:
-        report.notice("scales are not recorded (--compile): weights take turns")
-    records = options.compile and not placement.waiting
-    return Painter(model, RecordedTransformer(model.transformer) if records else model.transformer, placement)
+    if options.compile and not placement.recordings:
+        report.notice("scales are not recorded (--compile): the GPU's memory has no room for it")
+    predictor = RecordedTransformer(model.transformer) if placement.recordings else model.transformer
+    return Painter(model, predictor, placement)
 
 
 def drawing_dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:
@@ -173,16 +183,29 @@ def batches(jobs: Sequence[Job], size: int) -> Iterator[list[int]]:
             yield group[start : start + size]
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture as it was drawn.
+
+    Attributes:
+        image: RGB.
+        refined: what refinement did, for recipes; None where it was not asked for.
+    """
+
+    image: Image.Image
+    refined: dict[str, Any] | None
+
+
 @torch.inference_mode()
 def draw(
     jobs: Sequence[Job], features: Sequence[Features], setting: Setting, painter: Painter, task: Task
-) -> list[Image.Image]:
+) -> list[Picture]:
     """The pictures of one batch, in its order."""
     first, model = jobs[0], painter.model
     assert model.tokenizer is not None
     negatives = [own.negative.to(setting.device, setting.dtype) for own in features if own.negative is not None]
     with wearing(model, first.subjects):
-        images, _ = generate(
+        images, drawn = generate(
             painter.predictor,
             model.tokenizer,
             TextFeatures.from_rows([own.prompt.to(setting.device, setting.dtype) for own in features]),
@@ -194,4 +217,14 @@ def draw(
             on_scale=lambda scale: task.status(f"scale {scale + 1} of {len(first.schedule)}"),
             in_bands=painter.placement.in_bands,
         )
-    return [to_pil(image) for image in to_uint8(images)]
+    facts = [None] * len(jobs) if drawn.refined is None else _refined_facts(drawn.refined)
+    return [Picture(to_pil(image), known) for image, known in zip(to_uint8(images), facts, strict=True)]
+
+
+def _refined_facts(refined: Refined) -> list[dict[str, Any]]:
+    """Of each picture: bits changed of each scale, and the mean log-likelihood of those looked at, before and after."""
+    rows = zip(refined.changed.tolist(), refined.before.tolist(), refined.after.tolist(), strict=True)
+    return [
+        {"bits_changed": changed, "log_likelihood": [round(before, 4), round(after, 4)]}
+        for changed, before, after in rows
+    ]

@@ -51,6 +51,7 @@ class SampleOptions:
         cfg, tau: a number, or one per scale with commas.
         cfg_layer, target_confidence, top_k, top_p: as in the sampling section of the configuration.
         fast: from 0, all of the work, to 3.
+        refine: rounds of it after drawing.
         greedy: top_k 1.
         negative_prompt: what guidance leads away from.
         aspect: W:H.
@@ -84,6 +85,7 @@ class SampleOptions:
     top_k: int | None = None
     top_p: float | None = None
     fast: int | None = None
+    refine: int | None = None
     greedy: bool = False
     negative_prompt: str | None = None
     aspect: str | None = None
@@ -182,6 +184,7 @@ def chosen_sampling(options: SampleOptions, model: Model) -> SamplingConfig:
         "top_k": 1 if options.greedy else options.top_k,
         "top_p": options.top_p,
         "fast": options.fast,
+        "refine": options.refine,
     }
     if options.greedy and options.top_k not in (None, 1):
         raise UsageError(f"--greedy is --top-k 1 and cannot go with --top-k {options.top_k}")

@@ -12,7 +12,7 @@ from bitgen_cli.errors import InputError
 from bitgen_cli.files import explain
 
 METRICS = "metrics.jsonl"
-_PER_SCALE = re.compile(r"(.+)/(\d+)")
+_PER_SCALE = re.compile(r"(.+)/(\d{1,4})")
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from bitgen_cli.engine.device import DTYPES, hardware
 from bitgen_cli.engine.model_folder import Model
 from bitgen_cli.errors import UsageError
 from bitgen_cli.files import atomic_path
-from bitgen_cli.runs.drawing import Setting
+from bitgen_cli.runs.drawing import Picture, Setting
 from bitgen_cli.runs.jobs import Job, SampleOptions
 from bitgen_cli.runs.recipe_file import RECIPE
 
 
-def recipe_of(job: Job, image: Image.Image, setting: Setting) -> dict[str, Any]:
+def recipe_of(job: Job, picture: Picture, setting: Setting) -> dict[str, Any]:
     """Everything the picture can be drawn again from."""
     return {
         **base_recipe(job.prompt, job.negative, job.seed, setting.name, setting.model),
@@ -35,11 +35,12 @@ def recipe_of(job: Job, image: Image.Image, setting: Setting) -> dict[str, Any]:
             for worn in job.subjects
         ],
         **job.sampling.model_dump(mode="json"),
-        "width": image.width,
-        "height": image.height,
+        "width": picture.image.width,
+        "height": picture.image.height,
         "ratio": job.schedule.ratio,
         "resolution": job.resolution,
         "bits": job.bits,
+        **({} if picture.refined is None else {"refined": picture.refined}),
     }
 
 

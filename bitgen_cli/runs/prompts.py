@@ -7,8 +7,10 @@ last bit whether they are kept, and whatever it is drawn with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from bitgen_cli.engine.text_cache import TextCache, TextKey
 from bitgen_cli.engine.text_precision import INT8, TextPrecision, load_text_encoder_as
 from bitgen_cli.engine.vocabulary import PromptReader, load_vocabulary
 from bitgen_cli.errors import BitgenError, InputError, ResourceError, UsageError
+from bitgen_cli.files import explain
 from bitgen_cli.report import Report
 from bitgen_cli.runs.fitting import PROGRAM, size
 
@@ -42,7 +45,7 @@ class TextModel:
     Attributes:
         model: whose it is; its weights are not needed.
         source: folder or repository of the encoder.
-        fingerprint: of its files.
+        fingerprint: of its files, of which one that is replaced makes another.
         reader: its vocabulary, which knows no subject.
     """
 
@@ -64,11 +67,27 @@ def find_text_model(model: Model, report: Report) -> TextModel:
     if source is None:
         raise InputError(f"the model {model.folder} has no text encoder yet", "bitgen train makes one")
     folder = text_folder(source, report)
-    is_own = folder == model.folder / TEXT_FOLDER
-    found = (model.fingerprints.get(TEXT_FOLDER) if is_own else None) or encoder_fingerprint(source)
+    listed = model.fingerprints.get(TEXT_FOLDER) if folder == model.folder / TEXT_FOLDER else None
+    found = encoder_fingerprint(source) if listed is None else _as_it_lies_there(folder, listed)
     if found is None:
         raise InputError(f"the text encoder {source} has no weights or no vocabulary")
     return TextModel(model, source, found, PromptReader(load_vocabulary(folder), model.config.transformer.text_length))
+
+
+def _as_it_lies_there(folder: Path, listed: str) -> str:
+    """A fingerprint that a model lists, with the size and time of the files: whoever replaces one does not change it.
+
+    Raises:
+        InputError: a file cannot be looked at.
+    """
+    digest = hashlib.sha256(listed.encode())
+    try:
+        for file in sorted(folder.iterdir()):
+            facts = file.stat()
+            digest.update(f"\n{file.name} {facts.st_size} {facts.st_mtime_ns}".encode())
+    except OSError as error:
+        raise explain(error, folder, "read") from error
+    return digest.hexdigest()
 
 
 def tell_cut(prompts: Iterable[str], reader: PromptReader, report: Report) -> None:
@@ -112,10 +131,13 @@ def text_features(
             found[key] = features
             del lacking[key]
     if lacking:
-        made = _encode(text, lacking, precision, device, report)
-        found |= made
+        keeper = _Keeper(cache, report) if cached else None
+        for key, features in _encode(text, lacking, precision, device, report):
+            found[key] = features
+            if keeper is not None:
+                keeper.keep(key, features)
         if cached:
-            _keep(cache, made, report)
+            cache.prune()
     return [found[key] for key in keys]
 
 
@@ -139,8 +161,8 @@ def _encode(
     precision: TextPrecision,
     device: torch.device,
     report: Report,
-) -> dict[TextKey, Tensor]:
-    """Features by their keys, from an encoder that is loaded and dropped."""
+) -> Iterator[tuple[TextKey, Tensor]]:
+    """Each key with its features, from an encoder that is loaded at the first and dropped after the last."""
     if precision.name == INT8:
         _refuse_changes(prompts.values())
     geometry = text.model.config.transformer
@@ -154,17 +176,17 @@ def _encode(
     together: dict[tuple[tuple[str, float], ...], list[TextKey]] = {}
     for key in prompts:
         together.setdefault(key.subjects, []).append(key)
-    found = {}
-    with report.task("reading prompts", len(prompts)) as task, torch.inference_mode():
+    with report.task("reading prompts", len(prompts)) as task:
         for keys in together.values():
             with wearing(model, prompts[keys[0]].subjects):
                 for key in keys:
-                    (features,) = encoder.encode_alone([key.prompt])
-                    found[key] = features.cpu()
+                    with torch.inference_mode():
+                        (features,) = encoder.encode_alone([key.prompt])
+                        features = features.cpu()
+                    yield key, features
                     task.advance()
     del encoder, model
     give_back(device)
-    return found
 
 
 def _require_memory(config: TextEncoderConfig, precision: TextPrecision, device: torch.device) -> None:
@@ -191,11 +213,24 @@ def _refuse_changes(prompts: Iterable[Prompt]) -> None:
             )
 
 
-def _keep(cache: TextCache, made: dict[TextKey, Tensor], report: Report) -> None:
-    """Writes features to disk; where that fails they are used all the same."""
-    try:
-        for key, features in made.items():
-            cache.keep(key, features)
-    except BitgenError as error:
-        report.notice(f"text features are not kept: {error.message}")
-    cache.prune()
+class _Keeper:
+    """Writes features to disk, each as soon as it is there; where that fails once, all are used without.
+
+    Args:
+        cache: where to.
+        report: is told why features are not kept.
+    """
+
+    def __init__(self, cache: TextCache, report: Report) -> None:
+        self._cache, self._report = cache, report
+        self._fails = False
+
+    def keep(self, key: TextKey, features: Tensor) -> None:
+        """Writes one prompt's features (T, width)."""
+        if self._fails:
+            return
+        try:
+            self._cache.keep(key, features)
+        except BitgenError as error:
+            self._fails = True
+            self._report.notice(f"text features are not kept: {error.message}")

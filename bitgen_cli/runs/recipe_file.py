@@ -27,6 +27,8 @@ LARGEST = 1 << 20
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Suffixes of pictures."""
 
+OUTCOMES = ("refined",)
+"""Keys that say what came of a recipe, and draw nothing."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 Text = Annotated[str, Field(max_length=LARGEST)]
@@ -159,7 +161,7 @@ def checked(stored: Mapping[str, Any], where: str) -> Recipe:
     """
     plain = {key: value for key, value in stored.items() if key in Recipe.model_fields}
     sampling = {key: value for key, value in stored.items() if key in SamplingConfig.model_fields}
-    unknown = tuple(key for key in stored if key not in plain and key not in sampling)
+    unknown = tuple(key for key in stored if key not in {*plain, *sampling, *OUTCOMES})
     for key in ("sampling", "unknown"):
         if key in plain:
             raise InputError(f"{where}: a recipe has no {key}")

@@ -71,7 +71,10 @@ def resume(
         verb = description["verb"]
         if verb == VERB:
             return resume_subject(run, description, report, steps=steps, device=device)
-        stage_name, _ = description["stage"], description["data"]
+        stage_name = description["stage"]
+        told = (stage_name, description["data"], *(description.get(key, "") for key in ("image_root", "caption_key")))
+        if not all(isinstance(value, str | None) for value in told) or None in told[:2]:
+            raise InputError(f"{path / 'config.json'} does not describe a training: stage and data must be text")
         config = Config.model_validate(description["config"])
     except (KeyError, ValidationError) as error:
         raise InputError(f"{path / 'config.json'} does not describe a training: {error}") from error

@@ -20,6 +20,7 @@ from bitgen_cli.report import Report, Task
 from bitgen_cli.runs.drawing import (
     Features,
     Painter,
+    Picture,
     Setting,
     batches,
     draw,
@@ -172,6 +173,7 @@ def sample(
                 raise
             count = f"{len(done.pictures)} of {len(planned)} pictures"
             raise Interrupted(f"stopped after {count}", "the same command goes on") from error
+    _tell_refined([one.recipe["refined"] for one in done.pictures.values() if "refined" in one.recipe], report)
     images = [done.images[index] for index in sorted(done.images)]
     return SampleResult(
         [done.pictures[index] for index in sorted(done.pictures)],
@@ -337,13 +339,13 @@ def _draw_chunk(
     setting = replace(setting, model=painter.model)
     for batch in batches([one.job for one in chunk], painter.placement.batch_size):
         own = [chunk[i] for i in batch]
-        images = draw([one.job for one in own], [features[i] for i in batch], setting, painter, task)
-        _write(own, images, options, setting, manifest, done, task, on_picture)
+        drawn = draw([one.job for one in own], [features[i] for i in batch], setting, painter, task)
+        _write(own, drawn, options, setting, manifest, done, task, on_picture)
 
 
 def _write(
     planned: Sequence[_Planned],
-    images: Sequence[Image.Image],
+    pictures: Sequence[Picture],
     options: SampleOptions,
     setting: Setting,
     manifest: Manifest | None,
@@ -352,19 +354,19 @@ def _write(
     on_picture: Callable[[SampledPicture], None],
 ) -> None:
     """Names the pictures of a batch and writes them; of a prompt file they are listed first."""
-    recipes = [recipe_of(one.job, image, setting) for one, image in zip(planned, images, strict=True)]
+    recipes = [recipe_of(one.job, picture, setting) for one, picture in zip(planned, pictures, strict=True)]
     if options.output == STDOUT:
-        (one,), (image,), (recipe,) = planned, images, recipes
-        done.png = picture_bytes(image, recipe if options.metadata else None)
+        (one,), (picture,), (recipe,) = planned, pictures, recipes
+        done.png = picture_bytes(picture.image, recipe if options.metadata else None)
         done.pictures[one.index] = SampledPicture(Path(STDOUT), one.job.prompt, one.job.seed, recipe)
         return
     paths = _names(planned, recipes, options, setting, manifest)
-    for one, image, recipe, path in zip(planned, images, recipes, paths, strict=True):
+    for one, picture, recipe, path in zip(planned, pictures, recipes, paths, strict=True):
         task.advance()
         if path is None:
             continue
         try:
-            write_picture(path, image, recipe if options.metadata else None)
+            write_picture(path, picture.image, recipe if options.metadata else None)
         except InputError as error:
             if one.key is None:
                 raise
@@ -372,7 +374,7 @@ def _write(
             continue
         done.pictures[one.index] = SampledPicture(path, one.job.prompt, one.job.seed, recipe)
         if options.grid:
-            done.images[one.index] = image
+            done.images[one.index] = picture.image
         on_picture(done.pictures[one.index])
 
 
@@ -411,3 +413,12 @@ def _tell_subjects(jobs: Sequence[Job], report: Report) -> None:
     for (file, scale), subject in drawn.items():
         strength = "" if scale == 1 else f", scale {scale:g}"
         report.notice(f"{subject.token} is subject {subject.name}, a {subject.header.class_word}{strength}: {file}")
+
+
+def _tell_refined(refined: Sequence[dict[str, Any]], report: Report) -> None:
+    """Says what refinement did to all pictures together."""
+    if not refined:
+        return
+    changed = sum(sum(one["bits_changed"]) for one in refined)
+    before, after = (sum(one["log_likelihood"][at] for one in refined) / len(refined) for at in (0, 1))
+    report.notice(f"refined: {changed} bits changed; log-likelihood of a coarse bit {before:.3f}, now {after:.3f}")

@@ -29,7 +29,7 @@ import yaml
 
 from bitgen_cli.errors import ExitCode, InputError, UsageError
 from bitgen_cli.files import explain, read_json, write_json
-from bitgen_cli.presets import NOT_VALUES, PREFIX
+from bitgen_cli.presets import NOT_VALUES, PREFIX, parse_yaml
 from bitgen_cli.report import Report
 from bitgen_cli.runs.measurements import METRICS, Series, read_measurements
 
@@ -239,7 +239,7 @@ def subject_name(token: str) -> str:
 def _meaning(text: str) -> str:
     """A value as its run will read it, told apart from others: 1 is not true."""
     try:
-        return repr(yaml.safe_load(text))
+        return repr(parse_yaml(text))
     except (yaml.YAMLError, ValueError, RecursionError):
         return text  # the run will say what is wrong with it
 
@@ -256,7 +256,8 @@ def _file_name(parts: Sequence[tuple[str, str]]) -> str:
     safe = ",".join(f"{_UNSAFE.sub('_', key)}={_UNSAFE.sub('_', value)}" for key, value in parts)
     if safe == exact and len(safe) <= _LONGEST_NAME:
         return safe
-    return f"{safe[:_LONGEST_NAME]}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+    mark = hashlib.sha256(exact.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+    return f"{safe[:_LONGEST_NAME]}-{mark}"
 
 
 def _words(options: SweepOptions, combination: Combination) -> list[str]:
@@ -365,12 +366,13 @@ def _judge(run: SweepRun, code: int | None, report: Report) -> SweepRun:
         value = measured[name].values[-1] if name in measured else math.nan
         return value if math.isfinite(value) else None
 
+    steps = state.get("step")
     held_out = [value for value in measured.get("val_loss", Series()).values if math.isfinite(value)]
     return replace(
         run,
         state=became,
         exit_code=code,
-        steps=int(state.get("step", 0)),
+        steps=steps if isinstance(steps, int) else 0,
         loss=last("loss"),
         val_loss=last("val_loss"),
         best_val_loss=min(held_out, default=None),

@@ -261,7 +261,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 
 
 def test_wrong_overrides_of_a_run_are_usage(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"depth = 0: must be a whole number above 0 \(--set\)"):
+    with pytest.raises(ConfigError, match=r"depth = 0: must be a whole number above 0 and at most 200 \(--set\)"):
         look(run_folder(tmp_path / "run"), "model.transformer.depth=0")
 
 

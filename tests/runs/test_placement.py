@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,8 +38,23 @@ def placed(monkeypatch: pytest.MonkeyPatch, free: float | None, asked: Wanted, h
     left = None if free is None else int(free * GIB)
     monkeypatch.setattr(placement, "free_memory", lambda _: left)
     found = place(asked, how, on)
-    assert left is None or found.memory.total + PROGRAM <= left
+    assert left is None or found.memory.total + found.recordings + PROGRAM <= left
     return found
+
+
+def test_recordings_have_room_or_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they read and write stays while the decoder computes."""
+    asked = wanted("infinity-2b", records=True)
+    large = placed(monkeypatch, 79, asked, "auto", GPU)
+    plain = placed(monkeypatch, 79, wanted("infinity-2b"), "auto", GPU)
+    assert (large.batch_size, plain.batch_size, plain.recordings) == (AT_ONCE, AT_ONCE, 0)
+    assert large.recordings >= large.memory.decoder_work
+    fewer = placed(monkeypatch, large.memory.total / GIB + 1, asked, "auto", GPU)
+    assert fewer.recordings
+    assert fewer.batch_size < AT_ONCE
+    small = placed(monkeypatch, 9, asked, "auto", GPU)
+    assert (small.recordings, small.waiting) == (0, ())
+    assert not placed(monkeypatch, 79, asked, "cpu", GPU).recordings
 
 
 def test_a_large_card_has_everything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +102,20 @@ def test_all_that_can_waits_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert least.memory.total < 5 * GIB
 
 
+def test_weights_do_not_wait_in_a_memory_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page-locked pieces are powers of two: a block of 8B, of 392 MiB, takes 544."""
+    free = {"cuda": 15 * GIB, "cpu": 4 * GIB}
+    monkeypatch.setattr(placement, "free_memory", lambda device: free[device.type])
+    with pytest.raises(ResourceError, match=r"27 blocks would wait in 14\.3 GB of the CPU's .* 4\.0 GB free") as no:
+        place(wanted("infinity-8b"), "auto", GPU)
+    assert no.value.hint == "what needs less: a smaller --resolution"
+    with pytest.raises(ResourceError, match="40 blocks would wait") as no:
+        place(wanted("infinity-8b"), "cpu", GPU)
+    assert (no.value.hint or "").startswith("what needs less: --offload auto, ")
+    free["cpu"] = 15 * GIB
+    assert len(place(wanted("infinity-8b"), "auto", GPU).waiting) == 27
+
+
 def test_small_pictures_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     model = resolve("demo", environment={}).config.model
     asked = replace(
@@ -101,8 +131,23 @@ def test_what_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ResourceError) as refused:
         placed(monkeypatch, 8, wanted("infinity-2b", number=FP32, batch_size=4), "auto", GPU)
     assert refused.value.hint == "what needs less: --batch-size 1, --dtype bf16, a smaller --resolution"
-    with pytest.raises(UsageError, match="--offload disk"):
-        place(wanted("infinity-2b"), "disk", GPU)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"offload": "disk"}, "--offload disk: unknown"),
+        ({"compile": True}, "the device is cpu"),
+        ({"dtype": "int4"}, "unknown dtype 'int4'"),
+        ({"text_dtype": "fp16"}, "T5 cannot compute in fp16"),
+    ],
+)
+def test_options_of_computing_are_refused_before_a_model_is_fetched(
+    options: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitgen_cli.runs.drawing.provide_model", lambda *given: pytest.fail("nothing is to be fetched"))
+    with pytest.raises(UsageError, match=told):
+        sample(SampleOptions(prompts=("a red dog",), model="infinity-2b", device="cpu", **options), Silent())
 
 
 def test_sample_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import tiny_model
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bitgen_cli.engine import text_precision
 from bitgen_cli.engine.model_folder import Model, load_model, read_model_config
@@ -125,6 +125,31 @@ def test_a_damaged_file_is_made_again(folder: Path, home: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
     assert pixels(draw(folder, "a red dog", seed=1)[0]) == before
     assert torch.equal(load_file(file)["features"], good)
+
+
+def test_what_was_read_before_ctrl_c_is_kept(folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, read = TextEncoder.encode_alone, []
+
+    def stop_at_the_third(encoder: TextEncoder, prompts: list[str]) -> list[torch.Tensor]:
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        read.append(prompts)
+        return encode(encoder, prompts)
+
+    monkeypatch.setattr(TextEncoder, "encode_alone", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        draw(folder, "a red dog", "the moon", "a cat", seed=1)
+    assert len(kept(home)) == 2
+
+
+def test_an_encoder_that_was_replaced_by_hand_reads_prompts_anew(folder: Path, home: Path, tmp_path: Path) -> None:
+    """The fingerprint that config.json lists is that of the encoder before."""
+    model = Path(shutil.copytree(folder, tmp_path / "copy"))
+    before = pixels(draw(model, "a red dog", seed=1)[0])
+    file = model / "text_encoder" / "model.safetensors"
+    save_file({name: -tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    after = pixels(draw(model, "a red dog", seed=1)[0])
+    assert after == pixels(draw(model, "a red dog", seed=1, text_cache=False)[0]) != before
 
 
 def test_a_cache_that_cannot_be_written_to_is_told_and_done_without(folder: Path, home: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -260,3 +261,28 @@ def test_slug() -> None:
     assert slug("A red dog, on the MOON!") == "a-red-dog-on-the-moon"
     assert slug("../..") == "picture"
     assert len(slug("x" * 500)) == 60
+
+
+def test_refinement_is_told_and_kept_in_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    notices: list[str] = []
+
+    class Listening(Silent):
+        def notice(self, text: str) -> None:
+            notices.append(text)
+
+    drawn = SampleOptions(prompts=("a dog on the moon",), num_images=2, seed=1, tau="2", refine=3, output="r/")
+    pictures = sample(drawn, Listening()).pictures
+    for picture in pictures:
+        assert picture.recipe["refine"] == 3
+        changed, (before, after) = (picture.recipe["refined"][key] for key in ("bits_changed", "log_likelihood"))
+        assert len(changed) == 4
+        assert (after > before) == (sum(changed) > 0)
+    total = sum(sum(picture.recipe["refined"]["bits_changed"]) for picture in pictures)
+    assert total > 0
+    assert any(f"refined: {total} bits changed" in notice for notice in notices)
+    plain = sample(replace(drawn, refine=0), Silent()).pictures
+    assert all("refined" not in picture.recipe for picture in plain)
+    again = sample(SampleOptions(recipe=pictures[0].path, output="again.png"), Listening()).pictures[0]
+    assert again.path.read_bytes() == pictures[0].path.read_bytes()
+    assert not any("understands" in notice for notice in notices)

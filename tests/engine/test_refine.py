@@ -1,0 +1,118 @@
+"""Refinement: what it turns over, what it leaves alone, and what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitgen_cli.config import SamplingConfig
+from bitgen_cli.engine import pyramid
+from bitgen_cli.engine.bits import to_grid
+from bitgen_cli.engine.model_folder import Model, find_model, load_model
+from bitgen_cli.engine.refine import SURE, coarse_scales, refine
+from bitgen_cli.engine.sampling import Drawn, draw_bits, generate, plan
+from bitgen_cli.engine.scales import Schedule, schedule
+from bitgen_cli.engine.transformer import TextFeatures
+from tests.engine import tiny
+
+PROMPTS = ["a red dog on the moon", "a blue car in the snow", "a green tree underwater"]
+
+
+@pytest.fixture(scope="module")
+def demo() -> Model:
+    return load_model(find_model("demo"))
+
+
+@pytest.fixture(scope="module")
+def scales(demo: Model) -> Schedule:
+    return schedule(demo.config.scales, patchify=False)
+
+
+@pytest.fixture(scope="module")
+def text(demo: Model) -> TextFeatures:
+    assert demo.text_encoder is not None
+    with torch.inference_mode():
+        return demo.text_encoder.encode(PROMPTS)
+
+
+def drawn(demo: Model, text: TextFeatures, scales: Schedule) -> Drawn:
+    assert demo.transformer is not None
+    return draw_bits(demo.transformer, text, scales, plan(demo.sampling, len(scales)), [0, 1, 2])
+
+
+def damaged(bits: list[Tensor], share: float) -> list[Tensor]:
+    """So many of the bits of all scales but the first turned over."""
+    generator = torch.Generator().manual_seed(3)
+    return [grid ^ (torch.rand(grid.shape, generator=generator) < share * (k > 0)) for k, grid in enumerate(bits)]
+
+
+def test_coarse_scales_of_the_published_schedule() -> None:
+    sizes = ((1, 1), (8, 8), (32, 32), (40, 40), (48, 48), (64, 64))
+    assert coarse_scales(Schedule(1.0, sizes, (64, 64))) == 4
+    assert coarse_scales(Schedule(1.0, ((1, 1),), (64, 64))) == 1
+
+
+def test_damage_is_mended(demo: Model, text: TextFeatures, scales: Schedule) -> None:
+    """Of the coarse scales most of the damage goes, the fine one is left alone, and the picture becomes likelier."""
+    assert demo.transformer is not None
+    whole = drawn(demo, text, scales).bits
+    broken = damaged(whole, 0.1)
+    found = refine(demo.transformer, text, scales, broken, 3)
+    count = coarse_scales(scales)
+    assert count == 3
+
+    def wrong(bits: list[Tensor]) -> int:
+        return sum(int((a != b).sum()) for a, b in zip(bits[:count], whole[:count], strict=True))
+
+    assert wrong(found.bits) < 0.5 * wrong(broken)
+    assert all(torch.equal(a, b) for a, b in zip(found.bits[count:], broken[count:], strict=True))
+    assert (found.after > found.before + 0.05).all()
+    assert found.changed.tolist() == [
+        [int((a[row] != b[row]).sum()) for a, b in zip(found.bits, broken, strict=True)] for row in range(3)
+    ]
+
+
+def test_a_picture_does_not_hang_on_its_company_nor_on_rounds_it_does_not_need(
+    demo: Model, text: TextFeatures, scales: Schedule
+) -> None:
+    assert demo.transformer is not None
+    broken = damaged(drawn(demo, text, scales).bits, 0.1)
+    together = refine(demo.transformer, text, scales, broken, 8)
+    for row in range(3):
+        own = TextFeatures(text.features[row : row + 1, : text.lengths[row]], text.lengths[row : row + 1])
+        alone = refine(demo.transformer, own, scales, [grid[row : row + 1] for grid in broken], 16)
+        assert all(torch.equal(a[0], b[row]) for a, b in zip(alone.bits, together.bits, strict=True))
+
+
+@pytest.mark.parametrize("patchify", [False, True])
+def test_only_unlikely_bits_are_turned_over(patchify: bool) -> None:
+    """Against the logits that sampling sees for the same bits, also where a position has several latent ones."""
+    config = tiny.config(bits=4, patchify=patchify)
+    model, sizes = tiny.transformer(config), schedule(config.scales, patchify=patchify)
+    bits = tiny.random_bits(2, 4, sizes)
+    found = refine(model, tiny.text(2), sizes, bits, 1)
+    with torch.inference_mode():
+        logits = model(tiny.inputs(bits, sizes), tiny.text(2), sizes)
+    pairs = logits.unflatten(-1, (-1, 2))
+    for k in range(coarse_scales(sizes)):
+        of_one = to_grid((pairs[..., 1] - pairs[..., 0])[:, sizes.slices[k]], sizes.sizes[k], sizes.cell)
+        against = torch.where(bits[k], -of_one, of_one)
+        assert torch.equal(found.bits[k] ^ bits[k], against > SURE)
+    assert found.changed.sum() > 0
+
+
+def test_generate_refines(demo: Model, text: TextFeatures, scales: Schedule) -> None:
+    assert demo.transformer is not None
+    assert demo.tokenizer is not None
+    how = plan(demo.sampling.model_copy(update={"refine": 2, "tau": 3.0, "top_p": 1.0}), len(scales))
+    image, after = generate(demo.transformer, demo.tokenizer, text, scales, how, [0, 1, 2])
+    before = draw_bits(demo.transformer, text, scales, how, [0, 1, 2])
+    assert after.refined is not None
+    assert after.refined.changed.sum() > 0
+    assert before.refined is None
+    assert not all(torch.equal(a, b) for a, b in zip(after.bits, before.bits, strict=True))
+    assert torch.equal(after.total, pyramid.decode(after.bits, scales))
+    with torch.inference_mode():
+        assert torch.equal(image[:1], demo.tokenizer.decode(after.total[:1]))
+    assert plan(SamplingConfig(), 4).refine == 0
