@@ -124,6 +124,8 @@ def _of_line(options: SampleOptions, line: str) -> SampleOptions:
             raise UsageError(f"unknown key {key[:40]!r}", f"known: {', '.join(LINE_KEYS)}")
         if isinstance(value, bool) or not isinstance(value, LINE_KEYS[key]):
             raise UsageError(f"{key} cannot be {str(value)[:60]!r}")
+        if isinstance(value, str) and not value.isascii() and value != value.encode("utf-8", "replace").decode():
+            raise UsageError(f"{key} has halves of characters, which are no text")
     if not row.get("prompt", "").strip():
         raise UsageError("the prompt is empty" if "prompt" in row else "needs a prompt")
     if not 1 <= row.get("num_images", 1) <= MOST_OF_A_LINE:

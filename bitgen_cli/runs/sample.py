@@ -345,7 +345,7 @@ def _draw_chunk(
 
 def _write(
     planned: Sequence[_Planned],
-    drawn: Sequence[Picture],
+    pictures: Sequence[Picture],
     options: SampleOptions,
     setting: Setting,
     manifest: Manifest | None,
@@ -354,14 +354,14 @@ def _write(
     on_picture: Callable[[SampledPicture], None],
 ) -> None:
     """Names the pictures of a batch and writes them; of a prompt file they are listed first."""
-    recipes = [recipe_of(one.job, picture, setting) for one, picture in zip(planned, drawn, strict=True)]
+    recipes = [recipe_of(one.job, picture, setting) for one, picture in zip(planned, pictures, strict=True)]
     if options.output == STDOUT:
-        (one,), (picture,), (recipe,) = planned, drawn, recipes
+        (one,), (picture,), (recipe,) = planned, pictures, recipes
         done.png = picture_bytes(picture.image, recipe if options.metadata else None)
         done.pictures[one.index] = SampledPicture(Path(STDOUT), one.job.prompt, one.job.seed, recipe)
         return
     paths = _names(planned, recipes, options, setting, manifest)
-    for one, picture, recipe, path in zip(planned, drawn, recipes, paths, strict=True):
+    for one, picture, recipe, path in zip(planned, pictures, recipes, paths, strict=True):
         task.advance()
         if path is None:
             continue

@@ -166,6 +166,7 @@ def test_a_torn_or_foreign_manifest_is_survived(model: str) -> None:
         ('{"prompt": "a", "cfg": NaN}', "cfg"),
         ('{"prompt": "a", "cfg": [1, "x"]}', "not a number"),
         ('{"prompt": "a", "aspect": "wide"}', "W:H"),
+        ('{"prompt": "a \\ud800 dog"}', "halves of characters"),
         ('{"prompt": "a [V] dog"}', r"\[V\]"),
         ('{"prompt": "a", "output": "../x.png"}', "leads out"),
         ('{"prompt": "a", "output": "/tmp/x.png"}', "leads out"),
