@@ -15,6 +15,8 @@ VOCABULARY_FILE, SENTENCE_PIECE = "tokenizer.json", "spiece.model"
 """Of a transformers folder: the first that is there."""
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 WORD_START = "\u2581"
+UNKNOWABLE = "\ue000"
+"""A character that no text has."""
 
 
 class PromptReader:
@@ -122,6 +124,8 @@ def load_vocabulary(folder: Path) -> Vocabulary:
 
 def _read(file: Path) -> Vocabulary:
     try:
-        return Vocabulary.from_file(str(file))
+        vocabulary = Vocabulary.from_file(str(file))
+        vocabulary.encode(UNKNOWABLE)  # one that has no entry for what it does not know says so only then
+        return vocabulary
     except Exception as error:  # tokenizers raises bare Exception for files it cannot parse
         raise InputError(f"{file} is not a tokenizer file: {error}") from error

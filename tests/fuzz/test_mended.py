@@ -47,6 +47,10 @@ REFUSED = {
     "half a character in --set": ("override", lambda seed: b"name\xff=1"),
     "data that is no text": ("resume", lambda seed: _changed(seed, "data", to=0.5)),
     "a text encoder of another type": ("text encoder", lambda seed: _changed(seed, "num_heads", to="-0")),
+    "a vocabulary that cannot say what it does not know": (
+        "vocabulary",
+        lambda seed: _changed(seed, "model", "unk_token", to="<un>"),
+    ),
     "measurements of which none is text": ("metrics.jsonl", lambda seed: b"\xff\xfe\n" + DEEP + b"\n"),
 }
 READ = {
