@@ -77,7 +77,7 @@ class Reader:
     prepare: Callable[[Path], list[bytes]]
     read: Callable[[Path], object]
     share: float = 1.0
-    short: int = 15
+    short: int = 8
     refused: bool = False
 
 

@@ -192,6 +192,7 @@ def test_the_manifest_tells_everything(model: Path) -> None:
         "sampling": {
             "cfg": 2.0, "cfg_layer": 0, "tau": [1.0, 0.5, 0.5], "target_confidence": None, "top_k": 0, "top_p": 1.0,
             "fast": 0,
+            "refine": 0,
         },
         "size": [16, 16],
     }
