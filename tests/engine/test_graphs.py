@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
@@ -13,7 +14,6 @@ from bitgen_cli.engine.graphs import KEPT, RecordedTransformer
 from bitgen_cli.engine.sampling import draw_bits, plan
 from bitgen_cli.engine.scales import Schedule, schedule
 from bitgen_cli.engine.transformer import Transformer
-from tests.engine import tiny
 
 
 class Rerun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
@@ -11,7 +12,6 @@ from bitgen_cli.engine import pruning, pyramid
 from bitgen_cli.engine.layers import modulated_norm
 from bitgen_cli.engine.sampling import Drawn, draw_bits, plan
 from bitgen_cli.engine.scales import PUBLISHED, RESOLUTIONS, Schedule, consecutive, schedule
-from tests.engine import tiny
 
 SIZES = ((1, 1), (4, 4), (8, 6), (8, 8), (12, 9))
 """At level 3 the last two scales keep 16 and 44 positions of 64 and 108."""

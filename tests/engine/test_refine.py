@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from bitgen_cli.engine.refine import SURE, coarse_scales, refine
 from bitgen_cli.engine.sampling import Drawn, draw_bits, generate, plan
 from bitgen_cli.engine.scales import Schedule, schedule
 from bitgen_cli.engine.transformer import TextFeatures
-from tests.engine import tiny
 
 PROMPTS = ["a red dog on the moon", "a blue car in the snow", "a green tree underwater"]
 
