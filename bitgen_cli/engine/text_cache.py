@@ -93,7 +93,7 @@ class TextCache:
             with safe_open(str(file), framework="pt") as stored:
                 facts: dict[str, str] = stored.metadata() or {}
                 features: Tensor = stored.get_tensor("features").clone()
-        except (OSError, RuntimeError, SafetensorError):  # torch says so of a file that another process has just deleted
+        except (OSError, RuntimeError, SafetensorError):  # torch's own word for a file that was just deleted
             return None
         if features.dtype not in _DTYPES or features.ndim != 2 or features.shape[1] != key.width:
             return None
