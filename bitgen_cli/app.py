@@ -280,6 +280,7 @@ def sample(
             "After drawing, turn over the bits of coarse scales that the model finds unlikely, in up to N rounds.",
             _DRAWING,
             least=0,
+            most=16,
         ),
     ] = None,
     greedy: Annotated[
