@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from bitgen_cli.runs.finetune_subject import SubjectResult
     from bitgen_cli.runs.gen_priors import PriorResult
     from bitgen_cli.runs.prompt_file import Failure
-    from bitgen_cli.runs.sample import SampledPicture, SampleResult
+    from bitgen_cli.runs.sample_result import SampledPicture, SampleResult
     from bitgen_cli.runs.sweep import SweepResult, SweepRun
     from bitgen_cli.runs.tokenize import TokenizeResult
     from bitgen_cli.runs.train import TrainResult

@@ -46,57 +46,10 @@ from bitgen_cli.runs.placement import Placement
 from bitgen_cli.runs.prompt_file import Failure, Request, requested
 from bitgen_cli.runs.prompts import tell_cut
 from bitgen_cli.runs.reproduce import load_recipe, tell_differences
+from bitgen_cli.runs.sample_result import SampledPicture, SampleResult
 
 AHEAD = 256
 """Pictures whose text features are in memory: the text encoder is loaded at most once for each so many."""
-
-
-@dataclass(frozen=True)
-class SampledPicture:
-    """One picture that was written."""
-
-    path: Path
-    prompt: str
-    seed: int
-    recipe: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """Its path and recipe."""
-        return {"path": str(self.path), **self.recipe}
-
-
-@dataclass(frozen=True)
-class SampleResult:
-    """Everything that was written.
-
-    Attributes:
-        pictures: in the order of the prompts.
-        grid: all of them as one, when asked for.
-        seconds: drawing and writing took, without loading.
-        kept: pictures of the prompt file that were there already.
-        failures: lines of the prompt file that could not be drawn, in their order.
-        manifest: lists all pictures of the prompt file.
-        png: the picture, where it is not written to disk.
-    """
-
-    pictures: list[SampledPicture]
-    grid: Path | None
-    seconds: float
-    kept: int = 0
-    failures: tuple[Failure, ...] = ()
-    manifest: Path | None = None
-    png: bytes | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as one JSON object."""
-        return {
-            "pictures": [picture.to_json() for picture in self.pictures],
-            "grid": None if self.grid is None else str(self.grid),
-            "seconds": round(self.seconds, 3),
-            "kept": self.kept,
-            "failed": [{"line": failure.line, "error": failure.message} for failure in self.failures],
-            "manifest": None if self.manifest is None else str(self.manifest),
-        }
 
 
 @dataclass(frozen=True)

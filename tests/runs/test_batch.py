@@ -22,7 +22,8 @@ from bitgen_cli.report import Silent
 from bitgen_cli.runs import drawing, output
 from bitgen_cli.runs import sample as walk
 from bitgen_cli.runs.jobs import SampleOptions
-from bitgen_cli.runs.sample import SampleResult, sample
+from bitgen_cli.runs.sample import sample
+from bitgen_cli.runs.sample_result import SampleResult
 
 
 @pytest.fixture(scope="module")
