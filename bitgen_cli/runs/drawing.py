@@ -32,6 +32,7 @@ from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Report, Task
 from bitgen_cli.runs.jobs import Job, SampleOptions
 from bitgen_cli.runs.models import provide_model
+from bitgen_cli.runs.pace import Pace
 from bitgen_cli.runs.placement import Placement, Wanted, check_offload, place
 from bitgen_cli.runs.prompts import Prompt, TextModel, find_text_model, text_features
 
@@ -214,7 +215,7 @@ def draw(
             [job.seed for job in jobs],
             bits=first.bits,
             negative=TextFeatures.from_rows(negatives) if negatives else None,
-            on_scale=lambda scale: task.status(f"scale {scale + 1} of {len(first.schedule)}"),
+            on_scale=Pace(task, first.schedule, len(jobs), "refining" if first.sampling.refine else "decoding"),
             in_bands=painter.placement.in_bands,
         )
     facts = [None] * len(jobs) if drawn.refined is None else _refined_facts(drawn.refined)
