@@ -401,12 +401,13 @@ def show_json(value: dict[str, Any]) -> None:
 
 
 def show_picture(picture: SampledPicture) -> None:
-    """Prints the path of a picture to stdout as soon as it is there."""
-    print(picture.path, flush=True)
+    """Prints the paths of a picture to stdout as soon as it is there."""
+    for path in picture.files:
+        print(path, flush=True)
 
 
 def show_samples(result: SampleResult, *, with_preview: bool, named: bool = False) -> None:
-    """Prints the path of every picture to stdout, and on a terminal shows the first ones small.
+    """Prints the paths of every picture to stdout, and on a terminal shows the first ones small.
 
     Args:
         result: what was written.
@@ -418,7 +419,8 @@ def show_samples(result: SampleResult, *, with_preview: bool, named: bool = Fals
         preview(paths if result.grid is None else [result.grid])
     if result.manifest is None:
         show_seeds(result)
-    for path in [*([] if named else paths), *([] if result.grid is None else [result.grid])]:
+    files = [] if named else [file for picture in result.pictures for file in picture.files]
+    for path in [*files, *([] if result.grid is None else [result.grid])]:
         print(path)
 
 

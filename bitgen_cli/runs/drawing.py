@@ -35,6 +35,7 @@ from bitgen_cli.runs.models import provide_model
 from bitgen_cli.runs.pace import Pace
 from bitgen_cli.runs.placement import Placement, Wanted, check_offload, place
 from bitgen_cli.runs.prompts import Prompt, TextModel, find_text_model, text_features
+from bitgen_cli.runs.scale_pictures import Frames
 
 SMALL_WIDTH = 512
 """Transformers narrower than this are drawn in fp32 on a CPU: bf16 saves them nothing."""
@@ -51,7 +52,7 @@ class Setting:
         precision: number types of the text encoder.
         dtype, device: of everything else.
         known: subjects that are found by their tokens.
-        taken: names of pictures that were written.
+        taken: names of files that were written or will be.
     """
 
     name: str
@@ -191,10 +192,12 @@ class Picture:
     Attributes:
         image: RGB.
         refined: what refinement did, for recipes; None where it was not asked for.
+        frames: what it is after each scale.
     """
 
     image: Image.Image
     refined: dict[str, Any] | None
+    frames: Frames
 
 
 @torch.inference_mode()
@@ -202,7 +205,7 @@ def draw(
     jobs: Sequence[Job], features: Sequence[Features], setting: Setting, painter: Painter, task: Task
 ) -> list[Picture]:
     """The pictures of one batch, in its order."""
-    first, model = jobs[0], painter.model
+    first, model, in_bands = jobs[0], painter.model, painter.placement.in_bands
     assert model.tokenizer is not None
     negatives = [own.negative.to(setting.device, setting.dtype) for own in features if own.negative is not None]
     with wearing(model, first.subjects):
@@ -216,10 +219,15 @@ def draw(
             bits=first.bits,
             negative=TextFeatures.from_rows(negatives) if negatives else None,
             on_scale=Pace(task, first.schedule, len(jobs), "refining" if first.sampling.refine else "decoding"),
-            in_bands=painter.placement.in_bands,
+            in_bands=in_bands,
         )
     facts = [None] * len(jobs) if drawn.refined is None else _refined_facts(drawn.refined)
-    return [Picture(to_pil(image), known) for image, known in zip(to_uint8(images), facts, strict=True)]
+    pictures = [to_pil(image) for image in to_uint8(images)]
+    frames = [
+        Frames(model.tokenizer, [grid[i : i + 1] for grid in drawn.bits], first.schedule, picture, in_bands)
+        for i, picture in enumerate(pictures)
+    ]
+    return [Picture(*parts) for parts in zip(pictures, facts, frames, strict=True)]
 
 
 def _refined_facts(refined: Refined) -> list[dict[str, Any]]:

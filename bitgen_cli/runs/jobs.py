@@ -61,6 +61,7 @@ class SampleOptions:
         output: a file, a folder, a template with {prompt}, {seed}, {index}, {model}, or STDOUT.
         overwrite: whether pictures that are there may be replaced.
         grid: also writes all pictures as one.
+        save_scales: also writes what each picture is after each scale, in one of the formats of runs.scale_pictures.
         metadata: whether pictures carry their recipe.
         device, dtype: as in engine.device.
         offload: what may wait in the CPU's memory, as in runs.placement.
@@ -95,6 +96,7 @@ class SampleOptions:
     output: str | None = None
     overwrite: bool = False
     grid: bool = False
+    save_scales: str | None = None
     metadata: bool = True
     device: str = "auto"
     dtype: str = "auto"

@@ -11,16 +11,26 @@ from bitgen_cli.runs.prompt_file import Failure
 
 @dataclass(frozen=True)
 class SampledPicture:
-    """One picture that was written."""
+    """One picture that was written.
+
+    Attributes:
+        scales: the file that shows it after each scale, when asked for.
+    """
 
     path: Path
     prompt: str
     seed: int
     recipe: dict[str, Any]
+    scales: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """All that was written of it."""
+        return [self.path] if self.scales is None else [self.path, self.scales]
 
     def to_json(self) -> dict[str, Any]:
-        """Its path and recipe."""
-        return {"path": str(self.path), **self.recipe}
+        """Its paths and recipe."""
+        return {"path": str(self.path), "scales": None if self.scales is None else str(self.scales), **self.recipe}
 
 
 @dataclass(frozen=True)
