@@ -353,15 +353,14 @@ def _write_files(
     path: Path, picture: Picture, recipe: dict[str, Any], options: SampleOptions, task: Task
 ) -> Path | None:
     """Writes a picture, and before it what it is after each scale; returns the file of that, where it is asked for."""
-    scales = None
-    if options.save_scales is not None:
-        scales = scales_path(path, options.save_scales)
 
-        def tell(number: int) -> None:
-            task.status(f"decoding scale {number} of {len(picture.frames)}")
-            task.advance(0)
+    def tell(number: int) -> None:
+        task.status(f"decoding scale {number} of {len(picture.frames)}")
+        task.advance(0)
 
-        write_scales(scales, picture.frames, options.save_scales, tell)
+    scales = scales_path(path, options.save_scales)
+    if scales is not None:
+        write_scales(scales, picture.frames, tell)
     write_picture(path, picture.image, recipe if options.metadata else None)
     return scales
 
@@ -378,16 +377,12 @@ def _names(
     listed: list[tuple[Key, dict[str, Any]]] = []
     names: list[Callable[[set[Path]], Path]] = []
     waiting: list[int] = []
+    form = options.save_scales
     for number, (one, recipe) in enumerate(zip(planned, recipes, strict=True)):
 
         def name(taken: set[Path], one: _Planned = one) -> Path:
             setting.taken.update(taken)
-            return path_of(
-                one.job, one.index, setting, overwrite=options.overwrite, save_scales=options.save_scales
-            )
-
-        def scales(path: Path) -> Path | None:
-            return None if options.save_scales is None else scales_path(path, options.save_scales)
+            return path_of(one.job, one.index, setting, overwrite=options.overwrite, save_scales=form)
 
         if manifest is None or one.key is None:
             paths[number] = name(set())
@@ -396,7 +391,7 @@ def _names(
             names.append(name)
             waiting.append(number)
     if manifest is not None and listed:
-        paths |= zip(waiting, manifest.claim(listed, names, scales), strict=True)
+        paths |= zip(waiting, manifest.claim(listed, names, lambda path: scales_path(path, form)), strict=True)
     return [paths[number] for number in range(len(planned))]
 
 

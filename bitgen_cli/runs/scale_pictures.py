@@ -71,21 +71,21 @@ def check_format(name: str | None) -> None:
 
 def files_of(picture: Path, form: str | None) -> list[Path]:
     """The picture's file, and where what it is after each scale goes if a format is given."""
-    return [picture] if form is None else [picture, scales_path(picture, form)]
+    beside = scales_path(picture, form)
+    return [picture] if beside is None else [picture, beside]
 
 
-def scales_path(picture: Path, form: str) -> Path:
-    """Where the scales of a picture go: beside it."""
-    return picture.with_name(f"{picture.stem}-scales{SUFFIXES[form]}")
+def scales_path(picture: Path, form: str | None) -> Path | None:
+    """Where what a picture is after each scale goes: beside it; None without a format."""
+    return None if form is None else picture.with_name(f"{picture.stem}-scales{SUFFIXES[form]}")
 
 
-def write_scales(path: Path, frames: Frames, form: str, on_frame: Callable[[int], None] = lambda _: None) -> None:
-    """Writes all frames as one file, whole or not at all.
+def write_scales(path: Path, frames: Frames, on_frame: Callable[[int], None] = lambda _: None) -> None:
+    """Writes all frames as one file, whole or not at all: an animation without loss that begins anew, or a strip.
 
     Args:
-        path: of the file.
+        path: as in `scales_path`.
         frames: are decoded one at a time.
-        form: `strip`, or `webp`: without loss, at full size, over and over.
         on_frame: is called with the number of each frame, from 1, before it is decoded.
 
     Raises:
@@ -93,7 +93,7 @@ def write_scales(path: Path, frames: Frames, form: str, on_frame: Callable[[int]
         InputError: not allowed to write there.
     """
     with atomic_path(path) as temporary:
-        if form == "strip":
+        if path.suffix != SUFFIXES["webp"]:
             _strip(_told(frames, on_frame), len(frames), frames.finished.size).save(temporary, format="PNG")
             return
         first, *others = _told(frames, on_frame)

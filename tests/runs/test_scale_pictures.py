@@ -81,7 +81,7 @@ def test_frames_are_the_decoded_sums_and_the_last_is_the_picture(in_bands: bool)
 def test_a_strip_has_every_frame_beside_the_other(here: Path) -> None:
     of, told = frames(ratio=2.0), []
     width, height = of.finished.size
-    write_scales(here / "x.png", of, "strip", told.append)
+    write_scales(here / "x.png", of, told.append)
     with Image.open(here / "x.png") as strip:
         assert strip.size == (SCALES * width + 2 * GAP, height)
         for number, frame in enumerate(of):
@@ -93,14 +93,14 @@ def test_a_strip_has_every_frame_beside_the_other(here: Path) -> None:
 
 def test_a_strip_is_shrunk_to_the_widest(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scale_pictures, "WIDEST", 35)
-    write_scales(here / "x.png", frames(), "strip")
+    write_scales(here / "x.png", frames())
     with Image.open(here / "x.png") as strip:
         assert strip.size == (SCALES * 9 + 2 * GAP, 9)
 
 
 def test_an_animation_has_every_frame_without_loss_and_holds_the_last(here: Path) -> None:
     of = frames()
-    write_scales(here / "x.webp", of, "webp")
+    write_scales(here / "x.webp", of)
     with Image.open(here / "x.webp") as animation:
         assert (animation.format, animation.n_frames, animation.info["loop"]) == ("WEBP", SCALES, 0)  # type: ignore[attr-defined]
         times = []
