@@ -224,8 +224,8 @@ def draw(
     facts = [None] * len(jobs) if drawn.refined is None else _refined_facts(drawn.refined)
     pictures = [to_pil(image) for image in to_uint8(images)]
     frames = [
-        Frames(model.tokenizer, [grid[i : i + 1] for grid in drawn.bits], first.schedule, picture, in_bands)
-        for i, picture in enumerate(pictures)
+        Frames(model.tokenizer, [grid[row].cpu() for grid in drawn.bits], first.schedule, picture, in_bands)
+        for row, picture in enumerate(pictures)
     ]
     return [Picture(*parts) for parts in zip(pictures, facts, frames, strict=True)]
 

@@ -37,7 +37,7 @@ class Frames:
 
     Attributes:
         tokenizer: that the picture was decoded by.
-        bits: of the picture, per scale (1, d, h, w) bool.
+        bits: of the picture, per scale (d, h, w) bool, on the CPU.
         schedule: of the picture.
         finished: the picture, which is the last frame.
         in_bands: whether it is decoded in bands of rows.
@@ -54,9 +54,10 @@ class Frames:
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[Image.Image]:
-        dtype = next(self.tokenizer.parameters()).dtype
-        for total in pyramid.sums(list(self.bits[:-1]), self.schedule):
-            (image,) = self.tokenizer.decode(total.to(dtype), in_bands=self.in_bands).float()
+        like = next(self.tokenizer.parameters())
+        grids = [grid[None].to(like.device) for grid in self.bits[:-1]]
+        for total in pyramid.sums(grids, self.schedule):
+            (image,) = self.tokenizer.decode(total.to(like.dtype), in_bands=self.in_bands).float()
             yield to_pil(to_uint8(image))
         yield self.finished
 

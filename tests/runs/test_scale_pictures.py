@@ -61,7 +61,7 @@ def frames(in_bands: bool = False, ratio: float = 1.0) -> Frames:
     bits = [torch.rand(1, 8, h, w) < 0.5 for h, w in entry.latent_sizes]
     with torch.inference_mode():
         (image,) = to_uint8(tokenizer.decode_bits(bits, entry, in_bands=in_bands))
-    return Frames(tokenizer, bits, entry, to_pil(image), in_bands)
+    return Frames(tokenizer, [grid[0] for grid in bits], entry, to_pil(image), in_bands)
 
 
 @pytest.mark.parametrize("in_bands", [False, True])
@@ -70,7 +70,7 @@ def test_frames_are_the_decoded_sums_and_the_last_is_the_picture(in_bands: bool)
     found = list(of)
     assert len(found) == len(of) == SCALES
     for count, frame in enumerate(found, 1):
-        total = pyramid.decode(list(of.bits[:count]), of.schedule)
+        total = pyramid.decode([grid[None] for grid in of.bits[:count]], of.schedule)
         with torch.inference_mode():
             (image,) = to_uint8(of.tokenizer.decode(total, in_bands=in_bands))
         assert frame.tobytes() == to_pil(image).tobytes()
