@@ -16,7 +16,7 @@ from bitgen_cli.runs.fitting import Fit
 from bitgen_cli.runs.gen_priors import PriorResult
 from bitgen_cli.runs.overfit import OverfitResult
 from bitgen_cli.runs.plot import PlotResult
-from bitgen_cli.runs.sample import SampleResult
+from bitgen_cli.runs.sample_result import SampledPicture, SampleResult
 from bitgen_cli.runs.sweep import SweepResult
 from bitgen_cli.runs.tokenize import TokenizeResult
 from bitgen_cli.runs.train import TrainResult
@@ -69,6 +69,12 @@ def documented() -> dict[str, set[str]]:
 @pytest.mark.parametrize("command", RESULTS)
 def test_the_keys_in_the_readme_are_those_that_are_printed(command: str) -> None:
     assert documented()[command] == printed(RESULTS[command])
+
+
+def test_the_keys_of_a_picture_are_documented() -> None:
+    (row,) = re.findall(r"^\| `sample` \| `pictures` \((.*?)\)", README.read_text(), re.MULTILINE)
+    printed = SampledPicture(Path("x.png"), "a cat", 1, {}).to_json()
+    assert re.findall("`([^`]+)`", row) == list(printed)
 
 
 def test_every_command_has_json_and_its_keys_are_documented() -> None:
