@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import io
 import json
@@ -353,7 +354,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 @st.composite
 def _png(draw: st.DrawFn, seed: bytes, values: st.SearchStrategy[Any]) -> bytes:
-    """A PNG whose chunks of text hold a recipe that is none."""
+    """A PNG whose chunks of text hold a recipe that is none, and perhaps bits that are none."""
     recipe = draw(_json(json.dumps(RECIPE).encode(), values))
     kind = draw(st.integers(0, 4))
     if kind == 0:
@@ -368,6 +369,10 @@ def _png(draw: st.DrawFn, seed: bytes, values: st.SearchStrategy[Any]) -> bytes:
         text = chunk(
             draw(st.sampled_from((b"tEXt", b"iTXt", b"zTXt", b"iCCP", b"eXIf", b"acTL"))), b"bitgen\0" + recipe[:50]
         )
+    bits = draw(st.one_of(st.just(b""), st.binary(min_size=20, max_size=22), st.binary(max_size=60)))
+    carried = draw(st.sampled_from((base64.b64encode(bits), bits, bits * 300)))
+    if draw(st.booleans()):
+        text += chunk(b"zTXt", b"bitgen-bits\0\0" + zlib.compress(carried))
     shape = draw(st.sampled_from((seed[8:33],) * 6 + (_shape(2**31 - 1, 2**31 - 1), _shape(0, 0), _shape(1, 10**8))))
     behind = draw(st.sampled_from((seed[33:],) * 4 + (b"", chunk(b"IEND", b""))))
     parts = draw(st.sampled_from(((shape, text, behind),) * 3 + ((text, shape, behind), (shape, behind, text))))

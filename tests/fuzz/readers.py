@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,6 +38,7 @@ from bitgen_cli.engine.store import TokenStore
 from bitgen_cli.engine.store_check import check_store
 from bitgen_cli.engine.subject import ROW, START, Header, read_subject, save_subject
 from bitgen_cli.engine.text_cache import TextCache, TextKey
+from bitgen_cli.engine.text_precision import pick_text_precision
 from bitgen_cli.engine.vocabulary import PromptReader, load_vocabulary
 from bitgen_cli.engine.weight_files import read_weight_file
 from bitgen_cli.errors import BitgenError, InputError
@@ -45,12 +46,16 @@ from bitgen_cli.place import Place
 from bitgen_cli.report import Silent
 from bitgen_cli.runs import inspect_config
 from bitgen_cli.runs import sweep as sweeps
+from bitgen_cli.runs.drawing import Setting
+from bitgen_cli.runs.editing import job_again, load_original, take_carried
 from bitgen_cli.runs.gen_priors import read_manifest as read_priors
 from bitgen_cli.runs.inspect_config import InspectOptions, inspect
 from bitgen_cli.runs.jobs import SampleOptions, jobs_of
 from bitgen_cli.runs.local_files import find_files, model_of
 from bitgen_cli.runs.measurements import read_measurements
+from bitgen_cli.runs.original import Original, read_mask
 from bitgen_cli.runs.prompt_file import requested
+from bitgen_cli.runs.prompts import TextModel
 from bitgen_cli.runs.recipe_file import read_recipe
 from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.tokenize import TokenizeOptions, tokenize
@@ -172,6 +177,11 @@ def _pictures(folder: Path) -> list[bytes]:
 def _read_picture(file: Path) -> object:
     size = picture_size(file)
     return size, to_tensor(load_picture(file), (16, 16))
+
+
+def _read_mask(file: Path) -> object:
+    original = Original(file, "0" * 64, Image.new("RGB", (24, 16)), None, None)
+    return read_mask(str(file), original).pixels((16, 16))
 
 
 def _data_set(make: Callable[[Path], Path]) -> Callable[[Path], list[bytes]]:
@@ -418,6 +428,31 @@ def _read_recipe(file: Path) -> object:
     return read_recipe(file)
 
 
+def _original(folder: Path) -> list[bytes]:
+    _model(folder)
+    return _recipe(folder)
+
+
+def _read_original(file: Path) -> object:
+    """Goes on from a picture as if its recipe were the tiny model's, so that its bits are read too."""
+    asked = SampleOptions(prompts=("a dog",), model=str(file.parent), original=str(file), keep_scales=1)
+    options = load_original(asked, None, Silent())
+    assert options.edit is not None
+    model = load_model(file.parent, parts=())
+    original = options.edit.original
+    if original.recipe is not None:
+        known = {"fingerprints": model.fingerprints, "bits": model.config.tokenizer.bits}
+        recipe = original.recipe.model_copy(update=known)
+        original = replace(original, recipe=recipe, image=original.image.resize((16, 16)))
+    drawn = replace(options, edit=replace(options.edit, original=original), bits=None, remembered=None, resolution=None)
+    cpu, number = torch.device("cpu"), torch.float32
+    text = TextModel(model, "", "", PromptReader(load_vocabulary(file.parent / "text_encoder"), 16))
+    setting = Setting("tiny", model, text, pick_text_precision("auto", number, cpu), number, cpu, [])
+    (job,) = jobs_of(drawn, model, text.reader, [])
+    take_carried(job, setting, Silent())
+    return job_again(job, setting, drawn)
+
+
 def _inspect_file(file: Path) -> object:
     return _inspected(InspectOptions(str(file)))
 
@@ -645,6 +680,8 @@ READERS = {
         Reader("subject", "dog.safetensors", "safetensors", _subject, _read_subject, share=3),
         Reader("recipe", "a.png", "png", _recipe, _inspect_file, share=3),
         Reader("recipe to draw again", "a.png", "png", _recipe, _read_recipe, share=2),
+        Reader("mask", "a.png", "bytes", _pictures, _read_mask, share=2),
+        Reader("picture gone on from", "a.png", "png", _original, _read_original, share=2),
         Reader("recipe in JSON", "recipe.json", "json", _written_recipe, _read_recipe, share=2),
         Reader("yaml", "mine.yaml", "yaml", _presets, _inspect_file, share=2),
         Reader("override", "override", "yaml", _override, _read_override),
