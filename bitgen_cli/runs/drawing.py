@@ -213,6 +213,9 @@ def draw(
     """The pictures of one batch, in its order; of `given` ones, where they go on from any."""
     first, model, in_bands = jobs[0], painter.model, painter.placement.in_bands
     assert model.tokenizer is not None
+    pace = Pace(task, first.schedule, len(jobs), "refining" if first.sampling.refine else "decoding")
+    if given is not None and not given.draws:
+        task.status("refining")
     negatives = [own.negative.to(setting.device, setting.dtype) for own in features if own.negative is not None]
     with wearing(model, first.subjects):
         images, drawn = generate(
@@ -225,7 +228,7 @@ def draw(
             bits=first.bits,
             negative=TextFeatures.from_rows(negatives) if negatives else None,
             given=given,
-            on_scale=Pace(task, first.schedule, len(jobs), "refining" if first.sampling.refine else "decoding"),
+            on_scale=pace,
             in_bands=in_bands,
         )
     facts = [None] * len(jobs) if drawn.refined is None else _refined_facts(drawn.refined)

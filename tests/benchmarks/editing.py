@@ -1,0 +1,102 @@
+"""What going on from a picture does: the demo model's pictures with their middle drawn anew, and varied.
+
+    python -m tests.benchmarks.editing [--pictures 200] [--seed 0]
+
+Pictures of triples that are never trained on. The middle, 48 of 64 pixels in width and height, is drawn anew by a
+prompt of another class and colour in the same place, and then refined, the rest too. Told are the share of pictures
+whose class, colour and place a classifier names as the new prompt does, and how far pixels are from what they were, of
+255: at the edge, where latent positions are kept to the last bit, and everywhere. Varied, the first scales are kept and
+the prompt is the picture's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from bitgen_cli.demo import world
+from bitgen_cli.engine import pyramid
+from bitgen_cli.engine.data import to_uint8
+from bitgen_cli.engine.editing import Given, drawn_positions, latent_mask
+from bitgen_cli.engine.model_folder import find_model, load_model
+from bitgen_cli.engine.refine import refine
+from bitgen_cli.engine.sampling import draw_bits, plan
+from bitgen_cli.engine.scales import schedule
+from tests.benchmarks.demo_quality import Score, picture_seeds
+from tests.benchmarks.judge import load_or_train
+
+EDGE = 8
+"""Pixels at each side that are outside the mask."""
+
+
+def other(scene: world.Scene, number: int) -> world.Scene:
+    """A scene of another class and colour in the same place."""
+    classes, colours = sorted({one.object_class for one in world.scenes(held_out=False)}), list(world.COLOURS)
+    return world.Scene(
+        classes[(classes.index(scene.object_class) + 1 + number % (len(classes) - 1)) % len(classes)],
+        colours[(colours.index(scene.colour) + 1 + number % (len(colours) - 1)) % len(colours)],
+        scene.place,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=200, metavar="N")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    judge, model = load_or_train().judge, load_model(find_model("demo"))
+    transformer, tokenizer, encoder = model.transformer, model.tokenizer, model.text_encoder
+    assert transformer is not None
+    assert tokenizer is not None
+    assert encoder is not None
+    decode = tokenizer.decode
+    scenes = (world.scenes(held_out=True) * given.pictures)[: given.pictures]
+    asked = [other(scene, number) for number, scene in enumerate(scenes)]
+    seeds = [seed + given.seed for seed in picture_seeds(0, len(scenes))]
+    others = [seed + 1_000_000 for seed in seeds]
+    sizes = schedule(model.config.scales, patchify=False)
+    how = plan(model.sampling, len(sizes))
+    with torch.inference_mode():
+        text, new_text = (encoder.encode([str(scene) for scene in some]) for some in (scenes, asked))
+
+    @torch.inference_mode()
+    def images(bits: list[Tensor]) -> Tensor:
+        return to_uint8(torch.cat([decode(one) for one in torch.split(pyramid.decode(bits, sizes), 1)]))
+
+    size = sizes.pixels(model.config.tokenizer.patch_size)
+    pixels = torch.zeros(size, dtype=torch.bool)
+    pixels[EDGE:-EDGE, EDGE:-EDGE] = True
+    old = draw_bits(transformer, text, sizes, how, seeds).bits
+    middle = Given(old, drawn_positions(sizes, latent_mask(pixels, sizes)))
+    masked = draw_bits(transformer, new_text, sizes, how, others, given=middle).bits
+    found = {
+        "as drawn, by its own prompt": (old, scenes),
+        "as drawn, by the new one": (old, asked),
+        "middle drawn anew": (masked, asked),
+        "and refined": (refine(transformer, new_text, sizes, masked, 2).bits, asked),
+        "drawn anew as a whole": (draw_bits(transformer, new_text, sizes, how, others).bits, asked),
+    }
+    before = images(old)
+    print("| pictures | class | colour | place | all three | edge differs by | all differs by |")
+    print("|---|---|---|---|---|---|---|")
+
+    def show(name: str, bits: list[Tensor], wanted: list[world.Scene]) -> None:
+        after = images(bits)
+        shares = Score.of(judge, after, wanted).shares()
+        apart = (after.float() - before.float()).abs()
+        levels = f"{apart[..., ~pixels].mean():.1f} | {apart.mean():.1f}"
+        told = " | ".join(f"{share:.1%}" for share in shares.values())
+        print(f"| {name} | {told} | {levels} |", flush=True)
+
+    for name, (bits, wanted) in found.items():
+        show(name, bits, wanted)
+    for keep in range(len(sizes) - 1, 0, -1):
+        kept = Given(old, drawn_positions(sizes, None, keep))
+        show(f"varied, {keep} of {len(sizes)} scales kept", draw_bits(
+            transformer, text, sizes, how, others, given=kept).bits, scenes)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
