@@ -103,7 +103,7 @@ def _command(name: str, command: Any) -> Command:
 
 def _option(parameter: Any) -> Option:
     default = parameter.default
-    if parameter.is_flag:
+    if parameter.is_flag and default is not None:
         default = (parameter.opts if default else parameter.secondary_opts or [""])[0]
     return Option(
         names=tuple(parameter.opts),
