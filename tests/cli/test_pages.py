@@ -60,6 +60,14 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in _anchors(file), link
 
 
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/how-it-works.md"])
+def test_files_named_on_a_page_are_there(name: str) -> None:
+    files = {path.relative_to(pages.ROOT).as_posix() for path in pages.ROOT.rglob("*.py")}
+    named = re.findall(r"`([\w/]+\.py)`", (pages.ROOT / name).read_text(encoding="utf-8"))
+    assert named
+    assert [one for one in named if not any(f"/{file}".endswith(f"/{one}") for file in files)] == []
+
+
 def test_every_page_is_reached_from_the_readme() -> None:
     text = (pages.ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES[2:] if f"docs/{page.name}" not in text] == []
