@@ -260,9 +260,9 @@ def _json() -> str:
     parts = [
         "## JSON",
         "`--json` prints one object to stdout, and nothing else is printed there; an error is a line on stderr and an "
-        "exit code. `resume` prints what the command that began the run would. `finetune-subject --subject NAME --merge "
-        'FOLDER` prints `{"merged": FOLDER}`, `--sweep print` an object with `runs`, each with its `values`, `run` and '
-        "`command`.",
+        "exit code. `resume` prints what the command that began the run would. `finetune-subject --subject NAME "
+        '--merge FOLDER` prints `{"merged": FOLDER}`, `--sweep print` an object with `runs`, each with its `values`, '
+        "`run` and `command`.",
     ]
     for command, result in RESULTS.items():
         told = meanings(result)
