@@ -58,8 +58,8 @@ MADE_UP = {
     ("sample", "failed"): "lines of the prompt file that could not be drawn, each with `line` and `error`",
     ("train --dry-run", "memory"): "bytes of each rank, by what holds them; `peak` is the most at once, `total` all",
     ("train --dry-run", "disk"): "bytes the run leaves, by what they are, with their `total` and what is `free`",
-    ("train --sweep run", "runs"): "of all combinations, in order, each with its `values`, `run`, `command`, `state`, "
-    "`exit_code`, `steps` and losses",
+    ("train --sweep run", "runs"): "of all combinations, in order, each with `values`, `run`, `command`, `state`, "
+    "`exit_code`, `steps`, `loss`, `val_loss`, `best_val_loss` and `val_psnr`",
     ("gen-priors", "class"): "what the pictures show",
     ("gen-priors", "count"): "pictures in the folder",
     ("gen-priors", "pictures"): "all of them, your own last, each with `path` and `prompt`",
