@@ -62,7 +62,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/how-it-works.md"])
 def test_files_named_on_a_page_are_there(name: str) -> None:
-    files = {path.relative_to(pages.ROOT).as_posix() for path in pages.ROOT.rglob("*.py")}
+    folders = [pages.ROOT / folder for folder in ("bitgen_cli", "completions", "docs", "tests")]
+    files = {path.relative_to(pages.ROOT).as_posix() for folder in folders for path in folder.rglob("*.py")}
     named = re.findall(r"`([\w/]+\.py)`", (pages.ROOT / name).read_text(encoding="utf-8"))
     assert named
     assert [one for one in named if not any(f"/{file}".endswith(f"/{one}") for file in files)] == []
