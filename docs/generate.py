@@ -30,7 +30,7 @@ from bitgen_cli.runs.gen_priors import PriorResult
 from bitgen_cli.runs.overfit import OverfitResult
 from bitgen_cli.runs.plot import PlotResult
 from bitgen_cli.runs.published import CATALOGUE
-from bitgen_cli.runs.sample import SampleResult
+from bitgen_cli.runs.sample import SampledPicture, SampleResult
 from bitgen_cli.runs.sweep import SweepResult
 from bitgen_cli.runs.tokenize import TokenizeResult
 from bitgen_cli.runs.train import TrainResult
@@ -53,8 +53,11 @@ RESULTS: dict[str, type] = {
 }
 """What is printed by --json, by the command."""
 
+OF_A_PICTURE = ", ".join(f"`{key}`" for key in SampledPicture(Path("a.png"), "a cat", 1, {}).to_json())
+"""What is told of each, before its recipe."""
+
 MADE_UP = {
-    ("sample", "pictures"): "in the order of the prompts, each with `path` and its recipe",
+    ("sample", "pictures"): f"in the order of the prompts, each with {OF_A_PICTURE} and the keys of its recipe",
     ("sample", "failed"): "lines of the prompt file that could not be drawn, each with `line` and `error`",
     ("train --dry-run", "memory"): "bytes of each rank, by what holds them; `peak` is the most at once, `total` all",
     ("train --dry-run", "disk"): "bytes the run leaves, by what they are, with their `total` and what is `free`",
