@@ -236,9 +236,30 @@ def sample(
         str | None,
         _option("FILE", "Draw a picture again: a PNG made by bitgen, or its recipe as JSON. Other options win."),
     ] = None,
+    original: Annotated[
+        str | None,
+        _option(
+            "PICTURE",
+            "Go on from a picture: one made by bitgen, or a photo. Say how with --mask, --keep-scales or --refine.",
+            names=("--from",),
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         _option("SEED", "Same seed, same picture; without one it is drawn and told."),
+    ] = None,
+    mask: Annotated[
+        str | None,
+        _option(
+            "MASK",
+            "With --from: draw a part anew and keep the rest; X,Y,WIDTH,HEIGHT in its pixels, or a picture of its size "
+            "that is white there.",
+            _DRAWING,
+        ),
+    ] = None,
+    keep_scales: Annotated[
+        int | None,
+        _option("K", "With --from: keep the first K scales and draw finer ones anew.", _DRAWING, least=1),
     ] = None,
     cfg: Annotated[
         str | None,
@@ -338,6 +359,10 @@ def sample(
         bool,
         _flag("--no-metadata", "Leave the recipe out of the picture.", _OUTPUT),
     ] = False,
+    embed_bits: Annotated[
+        bool,
+        _flag("--embed-bits", "Let pictures carry their bits, so that --from need not find them again.", _OUTPUT),
+    ] = False,
     preview: Annotated[
         bool,
         _flag("--preview/--no-preview", "Show the pictures small in the terminal.", _OUTPUT),
@@ -378,7 +403,10 @@ def sample(
         prompts=tuple(prompts or ()),
         prompts_file=prompts_file,
         recipe=recipe,
-        model=model if recipe is None or _is_given(context, "model") else None,
+        original=original,
+        mask=mask,
+        keep_scales=keep_scales,
+        model=model if (recipe is None and original is None) or _is_given(context, "model") else None,
         num_images=num_images,
         batch_size=batch_size,
         seed=seed,
@@ -400,6 +428,7 @@ def sample(
         overwrite=overwrite,
         grid=grid,
         metadata=not no_metadata,
+        embed_bits=embed_bits,
         device=device,
         dtype=dtype,
         offload=offload,
@@ -408,6 +437,8 @@ def sample(
         text_cache=not no_text_cache,
         overrides=tuple(overrides or ()),
     )
+    if embed_bits and no_metadata:
+        raise UsageError("--embed-bits writes what --no-metadata leaves out", "choose one")
     if output == STDOUT and as_json:
         raise UsageError("--output - writes a picture to stdout, and --json writes there too", "choose one")
     if output == STDOUT and sys.stdout.isatty():

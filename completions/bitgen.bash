@@ -20,7 +20,10 @@ _bitgen() {
         'sample --num-images'|'sample -n') words='' paths= ;;
         'sample --prompts') words='' paths=files ;;
         'sample --recipe') words='' paths=files ;;
+        'sample --from') words='' paths=files ;;
         'sample --seed') words='' paths= ;;
+        'sample --mask') words='' paths=files ;;
+        'sample --keep-scales') words='' paths= ;;
         'sample --cfg') words='' paths= ;;
         'sample --cfg-layer') words='' paths= ;;
         'sample --tau') words='' paths= ;;
@@ -114,7 +117,7 @@ _bitgen() {
         *)
             case $command in
                 '') words='sample tokenize train finetune-subject gen-priors resume inspect-config' options='--version --help -h' ;;
-                sample) words='' paths= options='--model --num-images -n --prompts --recipe --seed --cfg --cfg-layer --tau --target-confidence --top-k --top-p --fast --refine --greedy --negative-prompt --aspect --resolution --bits --subject --output -o --overwrite --grid --no-metadata --preview --no-preview --json --batch-size --device --dtype --offload --compile --text-dtype --no-text-cache --offline --set --help -h' ;;
+                sample) words='' paths= options='--model --num-images -n --prompts --recipe --from --seed --mask --keep-scales --cfg --cfg-layer --tau --target-confidence --top-k --top-p --fast --refine --greedy --negative-prompt --aspect --resolution --bits --subject --output -o --overwrite --grid --no-metadata --embed-bits --preview --no-preview --json --batch-size --device --dtype --offload --compile --text-dtype --no-text-cache --offline --set --help -h' ;;
                 tokenize) words='' paths=files options='--model --resolution --aspect --caption-key --image-root --bits --latents --no-latents --reconstruct --text-features --verify --json --shard --batch-size --workers --device --dtype --offline --help -h' ;;
                 train) words='' paths= options='--data --out --preset --stage --init --aspect --caption-key --image-root --config --set --steps --batch-size --seed --allow-init-mismatch --log --dry-run --overfit-check --sweep --device --offline --devices --strategy --json --help -h' ;;
                 finetune-subject) words='' paths=folders options='--class --token --name --model --out --train --prior --prior-weight --priors --flip --no-flip --resolution --preset --config --set --steps --seed --overwrite --merge --subject --log --dry-run --sweep --device --offline --json --help -h' ;;

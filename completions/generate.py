@@ -32,7 +32,7 @@ class Kind:
 def kinds() -> dict[str, Kind]:
     """What each metavar of bitgen_cli/app.py stands for."""
     presets = tuple(preset_names())
-    free = ("N", "P", "SEED", "NUMBERS", "TEXT", "W:H", "KEY=VALUE", "PROMPT", "WORD", "TOKEN", "NAME", "WEIGHT")
+    free = ("N", "K", "P", "SEED", "NUMBERS", "TEXT", "W:H", "KEY=VALUE", "PROMPT", "WORD", "TOKEN", "NAME", "WEIGHT")
     free += ("SHAPES", "FIELD", "I/N")
     anything = {name: Kind() for name in free}
     return anything | {
@@ -40,6 +40,8 @@ def kinds() -> dict[str, Kind]:
         "TARGET": Kind(presets, "files"),
         "FILE": Kind(paths="files"),
         "PATH": Kind(paths="files"),
+        "PICTURE": Kind(paths="files"),
+        "MASK": Kind(paths="files"),
         "MODEL": Kind(("demo", *CATALOGUE), "files"),
         "DATA": Kind(paths="files"),
         "STORE": Kind(paths="files"),

@@ -47,8 +47,11 @@ ENGINE_ORDER = {
     "layers": {"scales"},
     "transformer": {"layers", "scales"},
     "pruning": {"bits", "scales"},
+    "editing": {"pyramid", "scales"},
     "refine": {"transformer", "active_bits", "pyramid", "bits", "scales"},
-    "sampling": {"transformer", "tokenizer", "active_bits", "pruning", "refine", "pyramid", "bits", "scales"},
+    "sampling": {
+        "transformer", "tokenizer", "active_bits", "editing", "pruning", "refine", "pyramid", "bits", "scales",
+    },
 }
 """The walk of a picture through the engine: each module to the engine modules it may import."""
 

@@ -59,6 +59,23 @@ def load_picture(path: Path) -> Image.Image:
         return _decoded(file)
 
 
+def load_mask(path: Path) -> Image.Image:
+    """A picture file as upright grey, mode L: read as `load_picture` does.
+
+    Raises:
+        InputError: as `load_picture`, or a part of it is transparent, which may mean either that it stays or goes.
+    """
+    with _reading(str(path)), path.open("rb") as file:
+        _refuse_huge(os.fstat(file.fileno()).st_size, str(path))
+        with Image.open(file, formats=_FORMATS) as opened:
+            opened.load()
+            transparent = opened.has_transparency_data and min(opened.convert("RGBA").getchannel("A").tobytes()) < 255
+            mask = _to_rgb(_upright(opened)).convert("L")
+    if transparent:
+        raise InputError(f"{path} is a mask with transparency", "save it opaque: white is drawn anew, black stays")
+    return mask
+
+
 def decode_picture(content: bytes, name: str) -> Image.Image:
     """The same of a picture in memory.
 

@@ -19,6 +19,10 @@ from bitgen_cli.engine.scales import Schedule, consecutive
 
 LONG = 1024
 """Positions from which a GPU computes longer than it takes to tell it what."""
+CONVOLVED = 64
+"""Positions from which a processor with AVX-512 convolves."""
+ROWS = 16
+"""Fewest rows of a product on a CPU."""
 MAX_LOG_SCALE = math.log(100)
 """Upper limit of the learned attention temperature."""
 
@@ -92,13 +96,18 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (B, L, in) times weight (out, in), plus bias.
 
-    On a CPU float32 products without gradients run as 1x1 convolutions: those are oneDNN's, where plain ones are MKL's,
-    which measured slower on an AMD processor.
+    On a CPU without gradients a row is the same to the last bit whatever rows it is computed with, where products run
+    as such: MKL has other kernels for few rows, so that few become ROWS. Where a processor has AVX-512, long sequences
+    of float32 run as 1x1 convolutions: those are oneDNN's, which measured faster there, and slower elsewhere.
     """
     plain = torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu"
     if plain or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    return F.conv2d(x.transpose(1, 2).unsqueeze(-1), weight[:, :, None, None], bias).squeeze(-1).transpose(1, 2)
+    if x.shape[1] >= CONVOLVED and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return F.conv2d(x.transpose(1, 2).unsqueeze(-1), weight[:, :, None, None], bias).squeeze(-1).transpose(1, 2)
+    rows = x.flatten(0, 1)
+    filled = F.pad(rows, (0, 0, 0, max(0, ROWS - len(rows))))
+    return torch.unflatten(F.linear(filled, weight, bias)[: len(rows)], 0, x.shape[:2])
 
 
 class Linear(nn.Linear):

@@ -87,7 +87,8 @@ def find_model(name: str) -> Path:
 
 def model_name(folder: Path) -> str:
     """What a model folder is called: its own name, or that of the run it lies in."""
-    return folder.parent.name if folder.name == "model" else folder.name
+    folder = folder.absolute()
+    return folder.parent.name or folder.name if folder.name == "model" else folder.name
 
 
 def fingerprint(path: Path) -> str:

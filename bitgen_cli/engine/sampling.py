@@ -16,6 +16,7 @@ from bitgen_cli.config import SamplingConfig
 from bitgen_cli.engine import pruning, pyramid
 from bitgen_cli.engine.active_bits import logits_in_use, widened_positions
 from bitgen_cli.engine.bits import codes, to_grid, to_positions
+from bitgen_cli.engine.editing import Given
 from bitgen_cli.engine.refine import Refined, refine
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
@@ -174,6 +175,7 @@ def draw_bits(
     *,
     bits: int | None = None,
     negative: TextFeatures | None = None,
+    given: Given | None = None,
     on_scale: Callable[[int], None] | None = None,
     on_logits: Callable[[int, Tensor], None] | None = None,
 ) -> Drawn:
@@ -187,6 +189,7 @@ def draw_bits(
         seeds: one per picture.
         bits: d, the first bits of a latent position that are drawn; None draws all.
         negative: B prompts to guide away from; None takes the learned unconditional prompt.
+        given: B pictures that are gone on from (editing.py), on the transformer's device; None draws all bits.
         on_scale: called with each scale's index when it is done.
         on_logits: called with the index and the logits (B, l, 2K) the bits are chosen from, of those drawn.
 
@@ -235,6 +238,8 @@ def draw_bits(
             on_logits(k, logits)
         chosen = choose_bits(bit_probabilities(logits, plan.top_k, plan.top_p), generators)
         grid = to_grid(chosen, size, schedule.cell)
+        if given is not None:
+            grid = torch.where(given.drawn[k], grid, given.bits[k])
         grids.append(grid)
         total = pyramid.accumulate(total, codes(grid), schedule.latent_sizes[-1])
         if on_scale is not None:
@@ -271,19 +276,38 @@ def generate(
     *,
     bits: int | None = None,
     negative: TextFeatures | None = None,
+    given: Given | None = None,
     on_scale: Callable[[int], None] | None = None,
     in_bands: bool = False,
 ) -> tuple[Tensor, Drawn]:
     """Pictures of prompts: bits scale by scale, refined where asked for, then the decoder.
 
-    Args: as `draw_bits`; `tokenizer` decodes, `in_bands` of rows where memory is scarce.
+    Args: as `draw_bits`; `tokenizer` decodes, `in_bands` of rows where memory is scarce. Of given pictures refinement
+        changes what may be drawn, or, where nothing may, everything.
 
     Returns:
         Images (B, 3, height, width) float32 RGB in [-1, 1], and the bits they came from.
     """
-    drawn = draw_bits(transformer, text, schedule, plan, seeds, bits=bits, negative=negative, on_scale=on_scale)
+    if given is None or given.draws:
+        drawn = draw_bits(
+            transformer, text, schedule, plan, seeds, bits=bits, negative=negative, given=given, on_scale=on_scale
+        )
+    else:
+        drawn = Drawn(list(given.bits), pyramid.decode(list(given.bits), schedule))
     if plan.refine:
-        refined = refine(transformer, text, schedule, drawn.bits, plan.refine)
+        where = given.drawn if given is not None and given.draws else None
+        latent = given.latent if given is not None and where is None else None
+        refined = refine(
+            transformer,
+            text,
+            schedule,
+            drawn.bits,
+            plan.refine,
+            guidance=(1 + max(plan.cfg)) / 2,
+            negative=negative,
+            where=where,
+            latent=latent,
+        )
         drawn = Drawn(refined.bits, pyramid.decode(refined.bits, schedule), refined)
     dtype = next(tokenizer.parameters()).dtype
     # one at a time: convolutions of a batch round differently, and a picture must not depend on its company

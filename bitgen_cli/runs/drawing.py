@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitgen_cli.engine.data import to_pil, to_uint8
 from bitgen_cli.engine.device import pick_device, pick_dtype
+from bitgen_cli.engine.editing import Given
 from bitgen_cli.engine.graphs import RecordedTransformer
 from bitgen_cli.engine.memory import parameters
 from bitgen_cli.engine.model_folder import (
@@ -189,18 +190,25 @@ class Picture:
 
     Attributes:
         image: RGB.
+        bits: per scale (d, h, w) bool, on the CPU.
         refined: what refinement did, for recipes; None where it was not asked for.
     """
 
     image: Image.Image
+    bits: list[Tensor]
     refined: dict[str, Any] | None
 
 
 @torch.inference_mode()
 def draw(
-    jobs: Sequence[Job], features: Sequence[Features], setting: Setting, painter: Painter, task: Task
+    jobs: Sequence[Job],
+    features: Sequence[Features],
+    setting: Setting,
+    painter: Painter,
+    task: Task,
+    given: Given | None = None,
 ) -> list[Picture]:
-    """The pictures of one batch, in its order."""
+    """The pictures of one batch, in its order; of `given` ones, where they go on from any."""
     first, model = jobs[0], painter.model
     assert model.tokenizer is not None
     negatives = [own.negative.to(setting.device, setting.dtype) for own in features if own.negative is not None]
@@ -214,11 +222,14 @@ def draw(
             [job.seed for job in jobs],
             bits=first.bits,
             negative=TextFeatures.from_rows(negatives) if negatives else None,
+            given=given,
             on_scale=lambda scale: task.status(f"scale {scale + 1} of {len(first.schedule)}"),
             in_bands=painter.placement.in_bands,
         )
     facts = [None] * len(jobs) if drawn.refined is None else _refined_facts(drawn.refined)
-    return [Picture(to_pil(image), known) for image, known in zip(to_uint8(images), facts, strict=True)]
+    bits = [[grid[row].cpu() for grid in drawn.bits] for row in range(len(jobs))]
+    rows = zip(to_uint8(images), bits, facts, strict=True)
+    return [Picture(to_pil(image), own, known) for image, own, known in rows]
 
 
 def _refined_facts(refined: Refined) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ from bitgen_cli.report import Report, Task
 from bitgen_cli.runs.drawing import drawing_dtype
 from bitgen_cli.runs.jobs import SampleOptions, chosen_sampling
 from bitgen_cli.runs.models import provide_model
-from bitgen_cli.runs.output import base_recipe, slug, write_picture
+from bitgen_cli.runs.output import Carried, base_recipe, slug, write_picture
 from bitgen_cli.runs.placement import AT_ONCE, Wanted, place
 from bitgen_cli.runs.prompts import Prompt, find_text_model, tell_cut, text_features
 from bitgen_cli.runs.recipes import subject_recipe
@@ -715,7 +715,7 @@ def _write(
         made = []
         for one, image in zip(some, images, strict=True):
             file = folder / one.file
-            write_picture(file, image, artist.recipe(one.prompt, one.seed, image))
+            write_picture(file, image, Carried(artist.recipe(one.prompt, one.seed, image)))
             made.append(Made(file=one.file, prompt=one.prompt, seed=one.seed, sha256=fingerprint(file)))
         known = _list(place, known, made)
         for one in some:

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from bitgen_cli.config import SamplingConfig
 from bitgen_cli.engine.active_bits import bits_in_use
+from bitgen_cli.engine.editing import drawn_positions, latent_mask
 from bitgen_cli.engine.model_folder import BUILT_IN, Model, model_name
 from bitgen_cli.engine.sampling import plan
 from bitgen_cli.engine.scales import Schedule, buckets, nearest_ratio, ratios, schedule
@@ -16,6 +19,7 @@ from bitgen_cli.engine.subject import Subject, Worn, choose_subjects, find_subje
 from bitgen_cli.engine.vocabulary import PromptReader
 from bitgen_cli.errors import UsageError
 from bitgen_cli.presets import resolve_stored
+from bitgen_cli.runs.original import Edit, check_edit, with_keep_scales
 
 STDOUT = "-"
 """As --output: one picture that is not written to disk."""
@@ -23,15 +27,15 @@ STDOUT = "-"
 
 @dataclass(frozen=True)
 class Remembered:
-    """What a recipe gives in place of the model's own defaults.
+    """What a recipe or another picture gives in place of the model's own defaults.
 
     Attributes:
-        sampling: all of its values.
+        sampling: all of its values; None are the model's.
         ratio: height / width.
         subjects: the picture was drawn with.
     """
 
-    sampling: SamplingConfig
+    sampling: SamplingConfig | None
     ratio: float
     subjects: tuple[Worn, ...] = ()
 
@@ -44,6 +48,9 @@ class SampleOptions:
         prompts: a picture, or `num_images` of them, for each.
         prompts_file: more prompts, one a line or JSON lines with options of their own (prompt_file); `-` is stdin.
         recipe: a picture, or a JSON file, whose recipe gives what is not said here.
+        original: a picture that is gone on from.
+        mask: what of it may change: X,Y,WIDTH,HEIGHT or a picture; None is all.
+        keep_scales: so many of its first scales stay.
         model: as in models.provide_model; None takes the recipe's.
         num_images: per prompt.
         batch_size: pictures drawn at once; no influence on them. None takes as many as fit.
@@ -62,18 +69,23 @@ class SampleOptions:
         overwrite: whether pictures that are there may be replaced.
         grid: also writes all pictures as one.
         metadata: whether pictures carry their recipe.
+        embed_bits: whether they carry their bits too; those that were made of another picture always do.
         device, dtype: as in engine.device.
         offload: what may wait in the CPU's memory, as in runs.placement.
         compile: records scales as CUDA graphs (engine.graphs).
         text_dtype: of the text encoder, as in engine.text_precision.
         text_cache: whether text features are kept on disk, and taken from there.
         overrides: sampling.KEY=VALUE.
-        remembered: from the recipe, once it is read.
+        remembered: from the recipe or the original, once it is read.
+        edit: from the original, once it is read.
     """
 
     prompts: tuple[str, ...] = ()
     prompts_file: str | None = None
     recipe: str | None = None
+    original: str | None = None
+    mask: str | None = None
+    keep_scales: int | None = None
     model: str | None = BUILT_IN
     num_images: int = 1
     batch_size: int | None = None
@@ -96,6 +108,7 @@ class SampleOptions:
     overwrite: bool = False
     grid: bool = False
     metadata: bool = True
+    embed_bits: bool = False
     device: str = "auto"
     dtype: str = "auto"
     offload: str = "auto"
@@ -104,11 +117,12 @@ class SampleOptions:
     text_cache: bool = True
     overrides: tuple[str, ...] = ()
     remembered: Remembered | None = None
+    edit: Edit | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to draw."""
+    """One picture to draw; of another one, where there is an `edit`."""
 
     prompt: str
     negative: str | None
@@ -119,11 +133,19 @@ class Job:
     bits: int
     output: str | None
     subjects: tuple[Worn, ...]
+    edit: Edit | None = None
+
+    @property
+    def kind(self) -> tuple[Schedule, int]:
+        """What its bits depend on besides what it shows: the schedule and the bits per latent position."""
+        return self.schedule, self.bits
 
     def together(self) -> tuple[object, ...]:
         """Pictures with the same value are drawn in one batch."""
         worn = tuple((worn.subject.file, worn.scale) for worn in self.subjects)
-        return self.sampling.model_dump_json(), self.schedule, self.bits, self.negative is None, worn
+        keep = None if self.edit is None else self.edit.keep_scales
+        return self.sampling.model_dump_json(), self.kind, self.negative is None, worn, keep
+
 
 def jobs_of(options: SampleOptions, model: Model, reader: PromptReader, known: Sequence[Subject]) -> list[Job]:
     """The pictures of one prompt.
@@ -156,10 +178,38 @@ def jobs_of(options: SampleOptions, model: Model, reader: PromptReader, known: S
         prompt, model, reader, known, asked, options.negative_prompt
     )
     bits = bits_in_use(model.config.tokenizer, options.bits)
+    edit = with_keep_scales(options.edit, options.keep_scales)
     job = Job(
-        prompt, options.negative_prompt, seed, sampling, scales, options.resolution, bits, options.output, subjects
+        prompt,
+        options.negative_prompt,
+        seed,
+        sampling,
+        scales,
+        options.resolution,
+        bits,
+        options.output,
+        subjects,
+        edit,
     )
+    if edit is not None:
+        check_edit(
+            edit,
+            scales,
+            where_drawn(job, model.config.tokenizer.patch_size),
+            refine=sampling.refine,
+            pictures=options.num_images,
+        )
     return [replace(job, seed=seed + k) for k in range(options.num_images)]
+
+
+def where_drawn(job: Job, patch_size: int) -> list[Tensor]:
+    """Where a job that goes on from a picture draws bits, per scale (1, 1, h, w) bool: nowhere if it refines alone."""
+    assert job.edit is not None
+    mask = None
+    if job.edit.mask is not None:
+        mask = latent_mask(job.edit.mask.pixels(job.schedule.pixels(patch_size)), job.schedule)
+    keep = job.edit.keep_scales if job.edit.draws else len(job.schedule)
+    return drawn_positions(job.schedule, mask, keep)
 
 
 def _worn(text: str) -> Worn:
@@ -194,7 +244,8 @@ def chosen_sampling(options: SampleOptions, model: Model) -> SamplingConfig:
         if not override.startswith("sampling."):
             raise UsageError(f"--set {override}: only sampling values can be set here", "for example sampling.cfg=4")
     given = {key: value for key, value in flags.items() if value is not None}
-    own = (model.sampling if options.remembered is None else options.remembered.sampling).model_dump(mode="json")
+    remembered = None if options.remembered is None else options.remembered.sampling
+    own = (remembered or model.sampling).model_dump(mode="json")
     if options.tau is not None:
         own["target_confidence"] = None  # the model's own gives way
     stored = {

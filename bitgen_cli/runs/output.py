@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, PngImagePlugin
+from torch import Tensor
 
 from bitgen_cli import __version__
 from bitgen_cli.engine.data import grid, to_tensor
@@ -22,7 +25,8 @@ from bitgen_cli.errors import UsageError
 from bitgen_cli.files import atomic_path
 from bitgen_cli.runs.drawing import Picture, Setting
 from bitgen_cli.runs.jobs import Job, SampleOptions
-from bitgen_cli.runs.recipe_file import RECIPE
+from bitgen_cli.runs.original import packed
+from bitgen_cli.runs.recipe_file import BITS, RECIPE
 
 
 def recipe_of(job: Job, picture: Picture, setting: Setting) -> dict[str, Any]:
@@ -40,6 +44,7 @@ def recipe_of(job: Job, picture: Picture, setting: Setting) -> dict[str, Any]:
         "ratio": job.schedule.ratio,
         "resolution": job.resolution,
         "bits": job.bits,
+        **({} if job.edit is None else job.edit.facts(job.kind)),
         **({} if picture.refined is None else {"refined": picture.refined}),
     }
 
@@ -87,30 +92,52 @@ def _parameters(recipe: Mapping[str, Any]) -> str:
     )
 
 
-def write_picture(path: Path, image: Image.Image, recipe: Mapping[str, Any] | None) -> None:
-    """Writes a PNG whole or not at all, with its recipe as JSON and as other tools read it; None leaves it out.
+@dataclass(frozen=True)
+class Carried:
+    """What a picture carries.
+
+    Attributes:
+        recipe: as JSON and as other tools read it; None leaves it out.
+        bits: per scale (d, h, w) bool, from which the next command goes on; None leaves them out.
+    """
+
+    recipe: Mapping[str, Any] | None
+    bits: Sequence[Tensor] | None = None
+
+
+def carried_by(job: Job, picture: Picture, recipe: Mapping[str, Any], options: SampleOptions) -> Carried:
+    """What a picture carries by what the options say; one that was made of another one always its bits."""
+    if not options.metadata:
+        return Carried(None)
+    return Carried(recipe, picture.bits if options.embed_bits or job.edit is not None else None)
+
+
+def write_picture(path: Path, image: Image.Image, carried: Carried) -> None:
+    """Writes a PNG whole or not at all, with what it carries.
 
     Raises:
         ResourceError: no space left.
         InputError: not allowed to write there.
     """
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=_info(recipe))
+        image.save(temporary, format="PNG", pnginfo=_info(carried))
 
 
-def picture_bytes(image: Image.Image, recipe: Mapping[str, Any] | None) -> bytes:
+def picture_bytes(image: Image.Image, carried: Carried) -> bytes:
     """The PNG that `write_picture` writes."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=_info(recipe))
+    image.save(buffer, format="PNG", pnginfo=_info(carried))
     return buffer.getvalue()
 
 
-def _info(recipe: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo | None:
-    if recipe is None:
+def _info(carried: Carried) -> PngImagePlugin.PngInfo | None:
+    if carried.recipe is None:
         return None
     info = PngImagePlugin.PngInfo()
-    info.add_itxt("parameters", _parameters(recipe))
-    info.add_itxt(RECIPE, json.dumps(recipe, ensure_ascii=False))
+    info.add_itxt("parameters", _parameters(carried.recipe))
+    info.add_itxt(RECIPE, json.dumps(carried.recipe, ensure_ascii=False))
+    if carried.bits is not None:
+        info.add_text(BITS, base64.b64encode(packed(carried.bits)).decode(), zip=True)
     return info
 
 

@@ -30,6 +30,7 @@ LINE_KEYS: dict[str, type | tuple[type, ...]] = {
     "top_p": (int, float),
     "fast": int,
     "refine": int,
+    "keep_scales": int,
 }  # fmt: skip
 """What a line of a JSONL prompt file may say, and the types it may say it in."""
 MOST_OF_A_LINE = 10_000

@@ -6,6 +6,7 @@ A recipe may come from anybody. What it says is bounded here, and names no file:
 
 from __future__ import annotations
 
+import base64
 import json
 import warnings
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from bitgen_cli.files import explain
 
 RECIPE = "bitgen"
 """Text chunk of a PNG that holds its recipe as JSON."""
+BITS = "bitgen-bits"
+"""Text chunk of a PNG that holds its bits in base64 (original.packed)."""
 LARGEST = 1 << 20
 """Bytes of a recipe in a file of its own; Pillow has the same bound for one in a picture."""
 
@@ -34,7 +37,9 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 Text = Annotated[str, Field(max_length=LARGEST)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Names = Annotated[dict[Name, Name], Field(max_length=20)]
-Pixels = Annotated[int, Field(ge=1, le=1 << 16)]
+Pixel = Annotated[int, Field(ge=0, le=1 << 20)]
+Pixels = Annotated[int, Field(ge=1, le=1 << 20)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class RecipeSubject(BaseModel):
@@ -45,7 +50,26 @@ class RecipeSubject(BaseModel):
     name: Name
     token: Name
     scale: Annotated[float, Field(ge=0, le=2)] = 1.0
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
+
+
+class RecipeOriginal(BaseModel):
+    """The picture that was gone on from; its name opens nothing."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    name: Name
+    sha256: Sha256
+    bits: Literal["carried", "drawn again", "tokenized"]
+
+
+class RecipeMask(BaseModel):
+    """What of it could change: a box in its pixels, or what a file said."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    box: Annotated[tuple[Pixel, Pixel, Pixels, Pixels], Field(strict=False)] | None = None
+    sha256: Sha256 | None = None
 
 
 class Recipe(BaseModel):
@@ -77,6 +101,9 @@ class Recipe(BaseModel):
     width: Pixels | None = None
     height: Pixels | None = None
     resolution: Name | None = None
+    original: RecipeOriginal | None = None
+    mask: RecipeMask | None = None
+    keep_scales: Annotated[int, Field(ge=1, le=100)] | None = None
     sampling: SamplingConfig
     unknown: tuple[str, ...] = ()
 
@@ -101,20 +128,48 @@ def picture_recipe(path: Path) -> tuple[dict[str, Any], tuple[int, int]]:
     Raises:
         InputError: unreadable, or without a recipe.
     """
-    try:
-        with warnings.catch_warnings():
-            # the pixels are not read, however many they are
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                kind, size, text = image.format, image.size, image.info.get(RECIPE)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not a readable picture: {error}") from error
+    kind, size, texts = _texts(path)
+    text = texts.get(RECIPE)
     if not isinstance(text, str):
         why = "" if kind == "PNG" else f"; only PNG pictures can, and this is {kind}"
         raise InputError(
             f"{path} carries no recipe of bitgen{why}", "it was made or saved by another program"
         )
     return _keys_and_values(text, f"{path} carries a damaged recipe"), size
+
+
+def has_recipe(path: Path) -> bool:
+    """Whether a picture carries a recipe, good or bad.
+
+    Raises:
+        InputError: it is no readable picture.
+    """
+    return isinstance(_texts(path)[2].get(RECIPE), str)
+
+
+def carried_bits(path: Path) -> bytes | None:
+    """The bits that a picture carries, as they stand there; None where it carries none, or something else.
+
+    Raises:
+        InputError: it is no readable picture.
+    """
+    text = _texts(path)[2].get(BITS)
+    try:
+        return base64.b64decode(text, validate=True) if isinstance(text, str) else None
+    except ValueError:
+        return None
+
+
+def _texts(path: Path) -> tuple[str | None, tuple[int, int], Mapping[Any, Any]]:
+    """Format, width and height, and what a picture says of itself; its pixels are not decoded."""
+    try:
+        with warnings.catch_warnings():
+            # the pixels are not read, however many they are
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return image.format, image.size, dict(image.info)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not a readable picture: {error}") from error
 
 
 def read_recipe(path: Path) -> Recipe:

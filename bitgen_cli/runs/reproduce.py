@@ -35,7 +35,7 @@ def recalled(options: SampleOptions, recipe: Recipe, report: Report) -> SampleOp
         report: gets notices about what cannot be as it was.
 
     Raises:
-        UsageError: a model or subject that the user has not by that name.
+        UsageError: a model or subject that the user has not by that name, or a mask that only the user has.
     """
     if recipe.unknown:
         more = f" and {len(recipe.unknown) - SHOWN} more" if len(recipe.unknown) > SHOWN else ""
@@ -52,10 +52,15 @@ def recalled(options: SampleOptions, recipe: Recipe, report: Report) -> SampleOp
         "negative_prompt": recipe.negative_prompt if options.negative_prompt is None else options.negative_prompt,
         "resolution": recipe.resolution if options.resolution is None else options.resolution,
         "bits": recipe.bits if options.bits is None else options.bits,
+        "keep_scales": recipe.keep_scales if options.keep_scales is None else options.keep_scales,
         "device": seen if options.device == "auto" else options.device,
         "dtype": (recipe.dtype or "auto") if options.dtype == "auto" else options.dtype,
         "text_dtype": (recipe.text_dtype or "auto") if options.text_dtype == "auto" else options.text_dtype,
     }
+    if recipe.mask is not None and recipe.mask.box is not None and options.mask is None:
+        chosen["mask"] = ",".join(map(str, recipe.mask.box))
+    elif recipe.mask is not None and options.mask is None:
+        raise UsageError("the recipe's picture was drawn under a mask from a file", "--mask FILE says where it is")
     texts = [*prompts, *([chosen["negative_prompt"]] if chosen["negative_prompt"] else [])]
     needed = [one for one in recipe.subjects if options.prompts_file or any(one.token in str(text) for text in texts)]
     worn = [] if options.subjects else [_subject_of(one, report) for one in needed]
@@ -101,6 +106,12 @@ def tell_differences(recipe: Recipe, jobs: Sequence[Job], setting: Setting, repo
         setting: with what.
         report: gets at most two notices, one of them for other weights.
     """
+    edit = jobs[0].edit if jobs else None
+    if recipe.original is not None and edit is not None and edit.original.sha256 != recipe.original.sha256:
+        report.notice(f"{edit.original.file} is another picture than the recipe's: the picture will differ")
+    mask = None if edit is None or edit.mask is None else edit.mask.facts
+    if edit is not None and mask != (recipe.mask and recipe.mask.model_dump(mode="json", exclude_none=True)):
+        report.notice("another mask than the recipe's: the picture will differ")
     prints: Mapping[str, str] = setting.model.fingerprints
     others = [part for part, found in recipe.fingerprints.items() if prints.get(part) != found]
     if others:

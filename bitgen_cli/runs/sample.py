@@ -29,9 +29,11 @@ from bitgen_cli.runs.drawing import (
     placement_of,
     setting_of,
 )
+from bitgen_cli.runs.editing import given_of, job_again, load_original, take_carried, take_drawn, tokenize_original
 from bitgen_cli.runs.jobs import STDOUT, Job, SampleOptions, jobs_of
 from bitgen_cli.runs.manifest import Key, Manifest
 from bitgen_cli.runs.output import (
+    carried_by,
     check_output,
     named_file,
     output_folder,
@@ -147,6 +149,7 @@ def sample(
     keep_freed_memory()
     here = place()
     options, recipe = load_recipe(options, report)
+    options = load_original(options, recipe, report)
     done = _Done()
     requests, done.failures = requested(options, here)
     _check_whole(options, requests, bool(done.failures), here)
@@ -251,7 +254,7 @@ def _plan(
 def _keys(request: Request, jobs: Sequence[Job], setting: Setting) -> list[Key | None]:
     """Of the pictures of a line, by all that they are drawn by but a seed that was drawn at random."""
     job = jobs[0]
-    content = [
+    content: list[Any] = [
         request.text,
         request.options.seed,
         job.negative,
@@ -263,6 +266,8 @@ def _keys(request: Request, jobs: Sequence[Job], setting: Setting) -> list[Key |
         sorted(setting.model.fingerprints.items()),
         [str(setting.dtype), setting.precision.name],
     ]
+    if (edit := job.edit) is not None:
+        content.append([edit.original.sha256, None if edit.mask is None else edit.mask.facts, edit.keep_scales])
     of = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     return [Key(request.line, of, number) for number in range(len(jobs))]
 
@@ -286,10 +291,13 @@ def _draw(
     on_picture: Callable[[SampledPicture], None],
 ) -> float:
     """Draws and writes all pictures; returns the seconds it took."""
-    placement = placement_of([one.job for one in planned], setting, options)
+    again = _originals(planned, setting, options, report)
+    placement = placement_of([one.job for one in [*again, *planned]], setting, options)
     chunks = [planned[start : start + AHEAD] for start in range(0, len(planned), AHEAD)]
     loaded: list[Painter] = []
-    features = _prepare(chunks[0], setting, placement, loaded, options, report)
+    features = _prepare([*again, *chunks[0]], setting, placement, loaded, options, report)
+    _draw_again(again, features, planned, setting, loaded, report)
+    features = features[len(again) :]
     seconds = 0.0
     with report.task("drawing", len(planned)) as task:
         for number, chunk in enumerate(chunks):
@@ -299,6 +307,39 @@ def _draw(
             _draw_chunk(chunk, features, options, setting, loaded[0], manifest, done, task, on_picture)
             seconds += time.perf_counter() - started
     return seconds
+
+
+def _originals(
+    planned: Sequence[_Planned], setting: Setting, options: SampleOptions, report: Report
+) -> list[_Planned]:
+    """Finds the bits of pictures that are gone on from; returns what must be drawn again for that."""
+    again = []
+    for job in {one.job.kind: one.job for one in planned if one.job.edit is not None}.values():
+        take_carried(job, setting, report)
+        if (found := job_again(job, setting, options)) is not None:
+            again.append(_Planned(found, -1))
+        elif job.edit is not None and job.kind not in job.edit.original.found:
+            tokenize_original(job, setting, report)
+    return again
+
+
+def _draw_again(
+    again: Sequence[_Planned],
+    features: Sequence[Features],
+    planned: Sequence[_Planned],
+    setting: Setting,
+    loaded: Sequence[Painter],
+    report: Report,
+) -> None:
+    """Draws the pictures that are gone on from; what is not the same again is tokenized."""
+    setting = replace(setting, model=loaded[0].model)
+    for number, one in enumerate(again):
+        job = next(other.job for other in planned if other.job.kind == one.job.kind)
+        with report.task("drawing the original again", 1) as task:
+            (picture,) = draw([one.job], features[number : number + 1], setting, loaded[0], task)
+        take_drawn(job, picture, report)
+        if job.edit is not None and job.kind not in job.edit.original.found:
+            tokenize_original(job, setting, report)
 
 
 def _prepare(
@@ -339,7 +380,8 @@ def _draw_chunk(
     setting = replace(setting, model=painter.model)
     for batch in batches([one.job for one in chunk], painter.placement.batch_size):
         own = [chunk[i] for i in batch]
-        drawn = draw([one.job for one in own], [features[i] for i in batch], setting, painter, task)
+        given = given_of(own[0].job, len(own), setting)
+        drawn = draw([one.job for one in own], [features[i] for i in batch], setting, painter, task, given)
         _write(own, drawn, options, setting, manifest, done, task, on_picture)
 
 
@@ -357,7 +399,7 @@ def _write(
     recipes = [recipe_of(one.job, picture, setting) for one, picture in zip(planned, pictures, strict=True)]
     if options.output == STDOUT:
         (one,), (picture,), (recipe,) = planned, pictures, recipes
-        done.png = picture_bytes(picture.image, recipe if options.metadata else None)
+        done.png = picture_bytes(picture.image, carried_by(one.job, picture, recipe, options))
         done.pictures[one.index] = SampledPicture(Path(STDOUT), one.job.prompt, one.job.seed, recipe)
         return
     paths = _names(planned, recipes, options, setting, manifest)
@@ -366,7 +408,7 @@ def _write(
         if path is None:
             continue
         try:
-            write_picture(path, picture.image, recipe if options.metadata else None)
+            write_picture(path, picture.image, carried_by(one.job, picture, recipe, options))
         except InputError as error:
             if one.key is None:
                 raise

@@ -1,0 +1,317 @@
+"""`bitgen sample --from`: where the bits come from, what stays, and what is said where it cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tiny_model import photos, save
+
+from bitgen_cli.engine.data import to_float, to_tensor
+from bitgen_cli.engine.model_folder import load_model
+from bitgen_cli.engine.scales import schedule
+from bitgen_cli.errors import InputError, UsageError
+from bitgen_cli.report import Silent
+from bitgen_cli.runs.jobs import SampleOptions
+from bitgen_cli.runs.original import packed, read_mask, read_original
+from bitgen_cli.runs.recipe_file import BITS, RECIPE, carried_bits, picture_recipe, read_recipe
+from bitgen_cli.runs.sample import SampledPicture, SampleResult, sample
+
+PROMPT = "a red dog on the moon"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def home(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user who has the model by its name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BITGEN_HOME", str(tmp_path / "home"))
+    shutil.copytree(tiny, tmp_path / "home" / "models" / "tiny")
+    return tmp_path / "home"
+
+
+def run(report: Silent | None = None, **options: Any) -> SampleResult:
+    return sample(SampleOptions(**{"model": None, **options}), report or Silent())
+
+
+def draw(report: Silent | None = None, **options: Any) -> SampledPicture:
+    (picture,) = run(report, **options).pictures
+    return picture
+
+
+def first(tiny: Path, **options: Any) -> SampledPicture:
+    return draw(prompts=(PROMPT,), model=str(tiny), seed=1, output="a.png", **options)
+
+
+def pixels(file: str | Path) -> np.ndarray[Any, Any]:
+    with Image.open(file) as image:
+        return np.asarray(image).astype(int)
+
+
+def white_box(box: tuple[int, int, int, int], name: str = "mask.png", size: tuple[int, int] = (16, 16)) -> str:
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    mask.save(name)
+    return name
+
+
+@pytest.mark.parametrize("how", ["carried", "drawn again", "tokenized"])
+def test_bits_are_those_of_the_picture(tiny: Path, how: str) -> None:
+    """Kept but for the last scale, and drawn by the same seed, it is the same picture; but not where it is a photo."""
+    own = first(tiny, embed_bits=how == "carried")
+    source = "a.png"
+    if how == "tokenized":
+        with Image.open(source) as image:
+            image.convert("RGB").save("photo.png")
+        source = "photo.png"
+    report = Silent()
+    again = draw(report, prompts=(PROMPT,), model=str(tiny), original=source, keep_scales=2, seed=1, output="b.png")
+    assert again.recipe["original"]["bits"] == how
+    assert again.recipe["original"]["name"] == source
+    assert again.recipe["keep_scales"] == 2
+    assert "original" not in own.recipe
+    assert bool(report.notices) == (how == "tokenized")
+    assert np.array_equal(pixels("a.png"), pixels("b.png")) == (how != "tokenized")
+
+
+def test_a_tokenized_photo_is_what_tokenize_makes_of_it(tiny: Path) -> None:
+    photo = photos(Path("photos"), 1, 40) / "0.png"
+    made = draw(prompts=("a dog",), model=str(tiny), original=str(photo), mask="0,0,40,9", output="b.png")
+    carried, model = carried_bits(made.path), load_model(tiny)
+    assert carried is not None
+    assert model.tokenizer is not None
+    of = schedule(model.config.scales, patchify=False)
+    with torch.inference_mode():
+        image = to_float(to_tensor(read_original(photo).image, (16, 16)))
+        bits, _ = model.tokenizer.encode(image[None], of)
+    expected = packed([grid[0] for grid in bits])
+    assert len(expected) == len(carried)
+    assert carried[9:] == expected[9:], "a byte a position; the first of the last scale's four rows is drawn"
+
+
+def test_the_recipe_is_gone_on_from_with_another_seed(tiny: Path) -> None:
+    first(tiny, cfg="3,2,1", negative_prompt="a cat")
+    one = draw(original="a.png", keep_scales=1, output="b.png")
+    assert one.recipe["prompt"] == PROMPT
+    assert one.recipe["cfg"] == [3, 2, 1]
+    assert one.recipe["negative_prompt"] == "a cat"
+    assert one.recipe["model"] == "tiny"
+    assert one.recipe["seed"] != 1
+
+
+def test_what_is_kept_is_kept(tiny: Path) -> None:
+    """Of the first scales, and outside a mask: bits to the last one, whatever the prompt."""
+    first(tiny, embed_bits=True)
+    old = carried_bits(Path("a.png"))
+    draw(prompts=("a cat",), original="a.png", keep_scales=2, output="b.png")
+    new = carried_bits(Path("b.png"))
+    assert old is not None
+    assert new is not None
+    assert len(old) == len(new) == 1 + 4 + 16
+    assert old[:5] == new[:5]
+    assert old[5:] != new[5:]
+    for mask in ("0,0,16,4", white_box((0, 0, 16, 4))):
+        draw(prompts=("a cat on the beach",), original="a.png", mask=mask, output="c.png", overwrite=True)
+        new = carried_bits(Path("c.png"))
+        assert new is not None
+        assert old[:5] == new[:5], "coarse codes reach below the mask"
+        assert old[5:9] != new[5:9]
+        assert old[9:] == new[9:]
+
+
+def test_pictures_do_not_hang_on_the_batch(tiny: Path) -> None:
+    first(tiny)
+    together = run(original="a.png", mask="0,0,16,8", prompts=("a cat", "a dog"), num_images=2, seed=3, output="x/")
+    alone = run(
+        original="a.png", mask="0,0,16,8", prompts=("a cat", "a dog"), num_images=2, seed=3, output="y/", batch_size=1
+    )
+    for one, other in zip(together.pictures, alone.pictures, strict=True):
+        assert np.array_equal(pixels(one.path), pixels(other.path))
+
+
+def test_refining_alone_draws_nothing(tiny: Path) -> None:
+    first(tiny, tau="3", embed_bits=True)
+    old = carried_bits(Path("a.png"))
+    found = draw(original="a.png", refine=3, output="b.png")
+    new = carried_bits(Path("b.png"))
+    changed = found.recipe["refined"]["bits_changed"]
+    assert old is not None
+    assert new is not None
+    assert sum(changed) > 0
+    assert sum(bin(a ^ b).count("1") for a, b in zip(old, new, strict=True)) == sum(changed)
+    assert changed[-1] == 0, "fine scales are left alone"
+    assert found.recipe["seed"] == 1
+    with pytest.raises(UsageError, match="one picture, not 2"):
+        run(original="a.png", refine=1, num_images=2)
+
+
+def test_a_picture_that_was_refined_is_not_refined_again_by_itself(tiny: Path) -> None:
+    first(tiny, refine=2)
+    assert draw(original="a.png", keep_scales=1, output="b.png").recipe["refine"] == 0
+    with pytest.raises(UsageError, match="say what to do with it"):
+        run(original="a.png")
+
+
+def test_under_a_mask_refinement_leaves_the_rest_alone(tiny: Path) -> None:
+    first(tiny, tau="3", embed_bits=True)
+    old = carried_bits(Path("a.png"))
+    draw(original="a.png", mask="0,0,16,8", refine=3, output="b.png")
+    new = carried_bits(Path("b.png"))
+    assert old is not None
+    assert new is not None
+    assert old[:1] == new[:1]
+    assert old[5 + 8 :] == new[5 + 8 :]
+
+
+def test_an_edit_is_drawn_again_from_its_recipe(tiny: Path) -> None:
+    first(tiny)
+    for name, mask in (("b.png", "2,2,12,14"), ("c.png", white_box((0, 0, 16, 9)))):
+        made = draw(prompts=("a cat",), original="a.png", mask=mask, keep_scales=1, cfg="2", output=name)
+        report = Silent()
+        given = {} if mask[0].isdigit() else {"mask": mask}
+        again = draw(report, recipe=name, original="a.png", output="again.png", overwrite=True, **given)
+        assert np.array_equal(pixels(name), pixels("again.png"))
+        assert again.recipe == made.recipe
+        assert report.notices == []
+    with pytest.raises(UsageError, match=r"was made of another one, 'a\.png'.*--from FILE"):
+        run(recipe="b.png")
+    with pytest.raises(UsageError, match="under a mask from a file"):
+        run(recipe="c.png", original="a.png")
+    first(tiny, overwrite=True, top_p=0.7)
+    draw(report, recipe="b.png", original="a.png", mask="0,0,16,9", output="d.png")
+    assert [text for text in report.notices if "another picture than the recipe's" in text]
+    assert [text for text in report.notices if "another mask than the recipe's" in text]
+
+
+def test_an_edit_goes_on_from_its_bits(tiny: Path) -> None:
+    """Its recipe alone could not say them."""
+    first(tiny)
+    draw(prompts=("a cat",), original="a.png", mask="0,0,16,8", output="b.png")
+    assert draw(original="b.png", keep_scales=2, output="c.png").recipe["original"]["bits"] == "carried"
+    draw(prompts=("a cat",), original="a.png", mask="0,0,16,8", output="d.png", metadata=False)
+    assert carried_bits(Path("d.png")) is None
+    report = Silent()
+    draw(report, prompts=("a dog",), model=str(tiny), original="d.png", keep_scales=2, output="e.png")
+    assert report.notices
+
+
+def test_another_model_tokenizes(tiny: Path, tmp_path: Path) -> None:
+    first(tiny, embed_bits=True)
+    other = save(tmp_path / "other", seed=5)
+    found = draw(original="a.png", model=str(other), keep_scales=2, output="b.png")
+    assert found.recipe["original"]["bits"] == "tokenized"
+
+
+def test_a_prompt_file_of_variations(tiny: Path) -> None:
+    first(tiny)
+    Path("lines.jsonl").write_text(
+        '{"prompt": "a cat", "keep_scales": 1, "seed": 4}\n{"prompt": "a dog", "keep_scales": 9}\na boat\n'
+    )
+    result = run(original="a.png", keep_scales=2, prompts_file="lines.jsonl", output="out/")
+    assert [picture.recipe["keep_scales"] for picture in result.pictures] == [1, 2]
+    assert [failure.line for failure in result.failures] == [2]
+    again = run(original="a.png", keep_scales=2, prompts_file="lines.jsonl", output="out/")
+    assert again.kept == 2
+    other = run(original="a.png", keep_scales=1, prompts_file="lines.jsonl", output="out/")
+    assert (other.kept, len(other.pictures)) == (1, 1), "the line that says it itself is there"
+
+
+def test_photos_of_other_shapes(tiny: Path) -> None:
+    Image.effect_noise((80, 44), 90).convert("RGB").save("wide.png")
+    Image.effect_noise((44, 80), 90).convert("RGB").save("tall.png")
+    tall = draw(prompts=("a dog",), model=str(tiny), original="tall.png", keep_scales=1, output="b.png")
+    assert (tall.recipe["width"], tall.recipe["height"]) == (8, 16)
+    wide = draw(prompts=("a dog",), model=str(tiny), original="wide.png", keep_scales=1, output="c.png")
+    assert wide.recipe["width"] == wide.recipe["height"]
+    crop = {"original": "wide.png", "aspect": "1:2", "keep_scales": 1}
+    upright = draw(prompts=("a dog",), model=str(tiny), output="d.png", **crop)
+    assert (upright.recipe["width"], upright.recipe["height"]) == (8, 16)
+
+
+def test_what_cannot_be_is_said(tiny: Path) -> None:
+    first(tiny)
+    with pytest.raises(UsageError, match="--mask says what of a picture stays"):
+        run(prompts=(PROMPT,), mask="0,0,4,4")
+    with pytest.raises(UsageError, match="--keep-scales says"):
+        run(prompts=(PROMPT,), keep_scales=1)
+    with pytest.raises(UsageError, match="say what to do with it"):
+        run(original="a.png")
+    with pytest.raises(UsageError, match="3 scales"):
+        run(original="a.png", keep_scales=3)
+    for mask in ("8,8,9,8", "0,0,0,4", "16,0,1,1"):
+        with pytest.raises(UsageError, match="not within the 16x16 pixels"):
+            run(original="a.png", mask=mask)
+    Image.effect_noise((16, 16), 90).convert("RGB").save("square.png")
+    with pytest.raises(UsageError, match="no bit can change"):  # what is white is cut off
+        run(prompts=("a dog",), model=str(tiny), original="square.png", mask="0,0,2,16", aspect="1:2")
+    Image.new("RGB", (16, 16)).save("photo.png")
+    with pytest.raises(UsageError, match="no recipe that says what it shows"):
+        run(original="photo.png", refine=1)
+    with pytest.raises(InputError, match=r"missing\.png"):
+        run(original="missing.png", refine=1)
+
+
+def test_masks_that_are_none(tiny: Path) -> None:
+    first(tiny)
+    original = read_original(Path("a.png"))
+    Image.new("L", (8, 16), 255).save("small.png")
+    Image.new("L", (16, 16), 100).save("dark.png")
+    Image.new("RGBA", (16, 16), (255, 255, 255, 0)).save("clear.png")
+    Path("no.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
+    for name, problem in (("small.png", "8x16 pixels"), ("dark.png", "nothing of it is white")):
+        with pytest.raises(UsageError, match=problem):
+            read_mask(name, original)
+    for name, problem in (("clear.png", "transparency"), ("no.png", "no.png"), ("1,2,3", "1,2,3")):
+        with pytest.raises(InputError, match=problem):
+            read_mask(name, original)
+    Image.new("RGBA", (16, 16), (255, 255, 255, 255)).save("opaque.png")
+    assert read_mask("opaque.png", original).pixels((16, 16)).all()
+
+
+@pytest.mark.parametrize("text", ["", "!!!", "QUJD", "A" * 400, "bitgen \u00e9"])
+def test_damaged_bits_are_left_out(tiny: Path, text: str) -> None:
+    first(tiny)
+    recipe, _ = picture_recipe(Path("a.png"))
+    info = PngInfo()
+    info.add_itxt(RECIPE, json.dumps(recipe))
+    info.add_itxt(BITS, text)
+    with Image.open("a.png") as image:
+        image.save("strange.png", pnginfo=info)
+    found = draw(original="strange.png", keep_scales=2, seed=1, output="b.png")
+    assert found.recipe["original"]["bits"] == "drawn again"
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+
+
+def test_recipes_of_strangers_name_no_file(tiny: Path) -> None:
+    """What a recipe says of another picture and its mask is checked, and opens nothing."""
+    first(tiny)
+    recipe, _ = picture_recipe(Path("a.png"))
+    good = {"name": "../../etc/passwd", "sha256": "0" * 64, "bits": "carried"}
+    Path("a.json").write_text(json.dumps({**recipe, "original": good, "mask": {"box": [0, 0, 4, 4]}, "keep_scales": 1}))
+    assert read_recipe(Path("a.json")).original is not None
+    with pytest.raises(UsageError, match=r"'\.\./\.\./etc/passwd'"):
+        run(recipe="a.json")
+    bad: list[dict[str, Any]] = [
+        {"original": {**good, "sha256": "x"}},
+        {"original": "a.png"},
+        {"mask": {"box": [0, 0, -1, 4]}},
+        {"mask": {"box": [0, 0, 1]}},
+        {"mask": "mask.png"},
+        {"keep_scales": 0},
+        {"keep_scales": "1"},
+    ]
+    for keys in bad:
+        Path("b.json").write_text(json.dumps({**recipe, **keys}))
+        with pytest.raises(InputError, match="the recipe's"):
+            read_recipe(Path("b.json"))
