@@ -32,8 +32,8 @@ class Kind:
 def kinds() -> dict[str, Kind]:
     """What each metavar of bitgen_cli/app.py stands for."""
     presets = tuple(preset_names())
-    free = ("N", "K", "P", "SEED", "NUMBERS", "TEXT", "W:H", "KEY=VALUE", "PROMPT", "WORD", "TOKEN", "NAME", "WEIGHT")
-    free += ("SHAPES", "FIELD", "I/N")
+    free = ("N", "P", "SEED", "NUMBERS", "TEXT", "W:H", "KEY=VALUE", "PROMPT", "WORD", "TOKEN", "NAME", "WEIGHT")
+    free += ("SHAPES", "FIELD", "I/N", "K")
     anything = {name: Kind() for name in free}
     return anything | {
         "PRESET": Kind(presets),

@@ -297,17 +297,7 @@ def generate(
     if plan.refine:
         where = given.drawn if given is not None and given.draws else None
         latent = given.latent if given is not None and where is None else None
-        refined = refine(
-            transformer,
-            text,
-            schedule,
-            drawn.bits,
-            plan.refine,
-            guidance=(1 + max(plan.cfg)) / 2,
-            negative=negative,
-            where=where,
-            latent=latent,
-        )
+        refined = refine(transformer, text, schedule, drawn.bits, plan.refine, where=where, latent=latent)
         drawn = Drawn(refined.bits, pyramid.decode(refined.bits, schedule), refined)
     dtype = next(tokenizer.parameters()).dtype
     # one at a time: convolutions of a batch round differently, and a picture must not depend on its company

@@ -80,7 +80,6 @@ def main() -> None:
     seeds = [seed + given.seed for seed in picture_seeds(0, len(scenes))]
     sizes = schedule(model.config.scales, patchify=False)
     how = plan(model.sampling, len(sizes))
-    guidance = (1 + max(how.cfg)) / 2
     with torch.inference_mode():
         text = encoder.encode([str(scene) for scene in scenes])
 
@@ -91,7 +90,7 @@ def main() -> None:
 
     drawn = draw_bits(transformer, text, sizes, how, seeds).bits
     broken = damaged(drawn, given.seed)
-    mended, kept = (refine(transformer, text, sizes, bits, given.rounds, guidance=guidance) for bits in (broken, drawn))
+    mended, kept = (refine(transformer, text, sizes, bits, given.rounds) for bits in (broken, drawn))
     print("| pictures | as asked for | log-likelihood of a bit | bits changed of each scale |\n|---|---|---|---|")
     found = {}
     for name, bits, before in (
@@ -118,7 +117,7 @@ def main() -> None:
 
     def refine_them(number: int) -> None:
         prompts, at = some(number)
-        refine(transformer, prompts, sizes, [grid[at] for grid in broken], given.rounds, guidance=guidance)
+        refine(transformer, prompts, sizes, [grid[at] for grid in broken], given.rounds)
 
     again, mending = seconds(draw_again), seconds(refine_them)
     share = mending / again

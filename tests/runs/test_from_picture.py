@@ -150,7 +150,6 @@ def test_refining_alone_draws_nothing(tiny: Path) -> None:
     assert new is not None
     assert sum(changed) > 0
     assert sum(bin(a ^ b).count("1") for a, b in zip(old, new, strict=True)) == sum(changed)
-    assert changed[-1] == 0, "fine scales are left alone"
     assert found.recipe["seed"] == 1
     with pytest.raises(UsageError, match="one picture, not 2"):
         run(original="a.png", refine=1, num_images=2)
