@@ -355,6 +355,15 @@ def sample(
         bool,
         _flag("--grid", "Also write all pictures as one.", _OUTPUT),
     ] = False,
+    save_scales: Annotated[
+        str | None,
+        _option(
+            "FORMAT",
+            "Beside each picture, what it is after each scale: strip, a PNG at most 4096 pixels wide, or webp, an "
+            "animation at full size.",
+            _OUTPUT,
+        ),
+    ] = None,
     no_metadata: Annotated[
         bool,
         _flag("--no-metadata", "Leave the recipe out of the picture.", _OUTPUT),
@@ -427,6 +436,7 @@ def sample(
         output=output,
         overwrite=overwrite,
         grid=grid,
+        save_scales=save_scales,
         metadata=not no_metadata,
         embed_bits=embed_bits,
         device=device,

@@ -19,12 +19,10 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     TaskID,
     TextColumn,
-    TimeRemainingColumn,
 )
 from rich.progress import Task as RichTask
 from rich.progress_bar import ProgressBar
@@ -45,7 +43,7 @@ if TYPE_CHECKING:
     from bitgen_cli.runs.finetune_subject import SubjectResult
     from bitgen_cli.runs.gen_priors import PriorResult
     from bitgen_cli.runs.prompt_file import Failure
-    from bitgen_cli.runs.sample import SampledPicture, SampleResult
+    from bitgen_cli.runs.sample_result import SampledPicture, SampleResult
     from bitgen_cli.runs.sweep import SweepResult, SweepRun
     from bitgen_cli.runs.tokenize import TokenizeResult
     from bitgen_cli.runs.train import TrainResult
@@ -53,6 +51,10 @@ if TYPE_CHECKING:
 
 LINE_EVERY = 10.0
 """Seconds between two lines of progress where there is no terminal."""
+SLOW = 0.1
+"""Units per second below which it is told how long each takes."""
+SPEED_OVER = 300.0
+"""Seconds that the speed of a bar is a mean of: a single step may take long."""
 PREVIEW_COLUMNS = 48
 """Widest picture in the terminal, in characters."""
 PREVIEW_PICTURES = 4
@@ -111,11 +113,12 @@ class ConsoleReport:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
-            MofNCompleteColumn(),
+            _CountColumn(),
             _SpeedColumn(),
-            TimeRemainingColumn(compact=True),
+            _TimesColumn(),
             TextColumn("{task.fields[status]}", style="dim"),
             console=self._console,
+            speed_estimate_period=SPEED_OVER,
         )
         if is_terminal(self._console):
             self._live = Live(
@@ -146,7 +149,7 @@ class ConsoleReport:
             plain.close()
             return
         self._live.start()
-        bar = self._progress.add_task(title, total=total, status="")
+        bar = self._progress.add_task(title, total=total, done=0.0, status="")
         try:
             yield _Bar(self._progress, bar)
         finally:
@@ -175,20 +178,50 @@ class _Bar:
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
+        self._done = self._ahead = 0.0
 
     def advance(self, amount: float = 1.0) -> None:
-        self._progress.advance(self._task, amount)
+        self._done += amount
+        self.ahead(max(0.0, self._ahead - amount))
+
+    def ahead(self, amount: float) -> None:
+        self._ahead = amount
+        self._progress.update(self._task, completed=self._done + amount, done=self._done)
 
     def status(self, text: str) -> None:
         self._progress.update(self._task, status=text)
 
 
+class _CountColumn(ProgressColumn):
+    """Units that are finished, of all."""
+
+    def render(self, task: RichTask) -> Text:
+        total = "?" if task.total is None else f"{int(task.total)}"
+        return Text(f"{int(task.fields['done']):>{len(total)}}/{total}", style="progress.download")
+
+
 class _SpeedColumn(ProgressColumn):
-    """Units per second."""
+    """Units per second, or seconds for each."""
 
     def render(self, task: RichTask) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
+        return Text("" if speed is None else pace(speed), style="progress.data.speed")
+
+
+class _TimesColumn(ProgressColumn):
+    """Time since the start, and about how much is left."""
+
+    max_refresh = 0.5
+
+    def render(self, task: RichTask) -> Text:
+        left = "--:--" if task.time_remaining is None else _clock(task.time_remaining)
+        return Text(f"{_clock(task.elapsed or 0)}<{left}", style="progress.remaining")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
 
 
 class _PlainTask:
@@ -200,7 +233,7 @@ class _PlainTask:
         self._clock = clock
         self._started = clock()
         self._due = self._started + LINE_EVERY
-        self._done = 0.0
+        self._done = self._ahead = 0.0
         self._first: float | None = None
         self._status = ""
         self._told: float | None = None
@@ -210,6 +243,12 @@ class _PlainTask:
             # what an earlier run had done comes in one piece at the start and is no measure of speed
             self._first = amount
         self._done += amount
+        self.ahead(max(0.0, self._ahead - amount))
+
+    def ahead(self, amount: float) -> None:
+        if self._first is None:
+            self._first = 0.0
+        self._ahead = amount
         if self._clock() >= self._due:
             self._speak()
 
@@ -225,11 +264,12 @@ class _PlainTask:
         now = self._clock()
         self._told = self._done
         self._due = now + LINE_EVERY
-        speed = (self._done - (self._first or 0.0)) / max(now - self._started, 1e-9)
+        so_far = self._done + self._ahead
+        speed = (so_far - (self._first or 0.0)) / max(now - self._started, 1e-9)
         of_total = "" if self._total is None else f"/{self._total:g}"
-        line = f"{self._title}: {self._done:g}{of_total}, {speed:.1f}/s"
-        if self._total is not None and speed > 0 and self._done < self._total:
-            line += f", {duration((self._total - self._done) / speed)} left"
+        line = f"{self._title}: {self._done:g}{of_total}" + (f", {pace(speed)}" if speed > 0 else "")
+        if self._total is not None and speed > 0 and so_far < self._total:
+            line += f", {duration((self._total - so_far) / speed)} left"
         _print_error_line(line + (f", {self._status}" if self._status else ""))
 
 
@@ -345,6 +385,11 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+def pace(speed: float) -> str:
+    """Units per second, or how long each takes where that is long."""
+    return f"{speed:.1f}/s" if speed >= SLOW else f"{duration(1 / speed) if speed > 0 else '?'} each"
+
+
 def per_scale(values: Mapping[str, float], prefix: str) -> list[float]:
     """The values of `prefix0`, `prefix1` ... in that order."""
     found = {int(key[len(prefix) :]): value for key, value in values.items() if key.startswith(prefix)}
@@ -357,12 +402,13 @@ def show_json(value: dict[str, Any]) -> None:
 
 
 def show_picture(picture: SampledPicture) -> None:
-    """Prints the path of a picture to stdout as soon as it is there."""
-    print(picture.path, flush=True)
+    """Prints the paths of a picture to stdout as soon as it is there."""
+    for path in picture.files:
+        print(path, flush=True)
 
 
 def show_samples(result: SampleResult, *, with_preview: bool, named: bool = False) -> None:
-    """Prints the path of every picture to stdout, and on a terminal shows the first ones small.
+    """Prints the paths of every picture to stdout, and on a terminal shows the first ones small.
 
     Args:
         result: what was written.
@@ -374,7 +420,8 @@ def show_samples(result: SampleResult, *, with_preview: bool, named: bool = Fals
         preview(paths if result.grid is None else [result.grid])
     if result.manifest is None:
         show_seeds(result)
-    for path in [*([] if named else paths), *([] if result.grid is None else [result.grid])]:
+    files = [] if named else [file for picture in result.pictures for file in picture.files]
+    for path in [*files, *([] if result.grid is None else [result.grid])]:
         print(path)
 
 

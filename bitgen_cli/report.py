@@ -17,7 +17,10 @@ class Task(Protocol):
     """One progress bar."""
 
     def advance(self, amount: float = 1.0) -> None:
-        """Move the bar on."""
+        """Move the bar on by units that are finished."""
+
+    def ahead(self, amount: float) -> None:
+        """Move the bar on by what is done so far of units that are not finished; those that then are take it back."""
 
     def status(self, text: str) -> None:
         """Replace the short text behind the bar."""
@@ -76,6 +79,9 @@ class Table:
 
 class _SilentTask:
     def advance(self, amount: float = 1.0) -> None:
+        pass
+
+    def ahead(self, amount: float) -> None:
         pass
 
     def status(self, text: str) -> None:

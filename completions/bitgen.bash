@@ -38,6 +38,7 @@ _bitgen() {
         'sample --bits') words='' paths= ;;
         'sample --subject') words='' paths=files ;;
         'sample --output'|'sample -o') words='' paths=files ;;
+        'sample --save-scales') words='strip webp' paths= ;;
         'sample --batch-size') words='' paths= ;;
         'sample --device') words='auto cpu cuda mps' paths= ;;
         'sample --dtype') words='auto fp32 bf16 fp16' paths= ;;
@@ -117,7 +118,7 @@ _bitgen() {
         *)
             case $command in
                 '') words='sample tokenize train finetune-subject gen-priors resume inspect-config' options='--version --help -h' ;;
-                sample) words='' paths= options='--model --num-images -n --prompts --recipe --from --seed --mask --keep-scales --cfg --cfg-layer --tau --target-confidence --top-k --top-p --fast --refine --greedy --negative-prompt --aspect --resolution --bits --subject --output -o --overwrite --grid --no-metadata --embed-bits --preview --no-preview --json --batch-size --device --dtype --offload --compile --text-dtype --no-text-cache --offline --set --help -h' ;;
+                sample) words='' paths= options='--model --num-images -n --prompts --recipe --from --seed --mask --keep-scales --cfg --cfg-layer --tau --target-confidence --top-k --top-p --fast --refine --greedy --negative-prompt --aspect --resolution --bits --subject --output -o --overwrite --grid --save-scales --no-metadata --embed-bits --preview --no-preview --json --batch-size --device --dtype --offload --compile --text-dtype --no-text-cache --offline --set --help -h' ;;
                 tokenize) words='' paths=files options='--model --resolution --aspect --caption-key --image-root --bits --latents --no-latents --reconstruct --text-features --verify --json --shard --batch-size --workers --device --dtype --offline --help -h' ;;
                 train) words='' paths= options='--data --out --preset --stage --init --aspect --caption-key --image-root --config --set --steps --batch-size --seed --allow-init-mismatch --log --dry-run --overfit-check --sweep --device --offline --devices --strategy --json --help -h' ;;
                 finetune-subject) words='' paths=folders options='--class --token --name --model --out --train --prior --prior-weight --priors --flip --no-flip --resolution --preset --config --set --steps --seed --overwrite --merge --subject --log --dry-run --sweep --device --offline --json --help -h' ;;

@@ -58,6 +58,7 @@ def kinds() -> dict[str, Kind]:
         "DEVICE": Kind(("auto", "cpu", "cuda", "mps")),
         "DTYPE": Kind(("auto", "fp32", "bf16", "fp16")),
         "TYPE": Kind(("auto", "fp32", "bf16", "int8")),
+        "FORMAT": Kind(("strip", "webp")),
         "LEVEL": Kind(("0", "1", "2", "3")),
         "STRATEGY": Kind(("ddp", "fsdp")),
         "RESOLUTION": Kind(("0.06M", "0.25M", "0.60M", "1M")),

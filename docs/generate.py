@@ -30,7 +30,7 @@ from bitgen_cli.runs.gen_priors import PriorResult
 from bitgen_cli.runs.overfit import OverfitResult
 from bitgen_cli.runs.plot import PlotResult
 from bitgen_cli.runs.published import CATALOGUE
-from bitgen_cli.runs.sample import SampledPicture, SampleResult
+from bitgen_cli.runs.sample_result import SampledPicture, SampleResult
 from bitgen_cli.runs.sweep import SweepResult
 from bitgen_cli.runs.tokenize import TokenizeResult
 from bitgen_cli.runs.train import TrainResult

@@ -33,8 +33,10 @@ from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Report, Task
 from bitgen_cli.runs.jobs import Job, SampleOptions
 from bitgen_cli.runs.models import provide_model
+from bitgen_cli.runs.pace import Pace
 from bitgen_cli.runs.placement import Placement, Wanted, check_offload, place
 from bitgen_cli.runs.prompts import Prompt, TextModel, find_text_model, text_features
+from bitgen_cli.runs.scale_pictures import Frames
 
 SMALL_WIDTH = 512
 """Transformers narrower than this are drawn in fp32 on a CPU: bf16 saves them nothing."""
@@ -51,7 +53,7 @@ class Setting:
         precision: number types of the text encoder.
         dtype, device: of everything else.
         known: subjects that are found by their tokens.
-        taken: names of pictures that were written.
+        taken: names of files that were written or will be.
     """
 
     name: str
@@ -190,13 +192,13 @@ class Picture:
 
     Attributes:
         image: RGB.
-        bits: per scale (d, h, w) bool, on the CPU.
         refined: what refinement did, for recipes; None where it was not asked for.
+        frames: what it is after each scale.
     """
 
     image: Image.Image
-    bits: list[Tensor]
     refined: dict[str, Any] | None
+    frames: Frames
 
 
 @torch.inference_mode()
@@ -209,7 +211,7 @@ def draw(
     given: Given | None = None,
 ) -> list[Picture]:
     """The pictures of one batch, in its order; of `given` ones, where they go on from any."""
-    first, model = jobs[0], painter.model
+    first, model, in_bands = jobs[0], painter.model, painter.placement.in_bands
     assert model.tokenizer is not None
     negatives = [own.negative.to(setting.device, setting.dtype) for own in features if own.negative is not None]
     with wearing(model, first.subjects):
@@ -223,13 +225,16 @@ def draw(
             bits=first.bits,
             negative=TextFeatures.from_rows(negatives) if negatives else None,
             given=given,
-            on_scale=lambda scale: task.status(f"scale {scale + 1} of {len(first.schedule)}"),
-            in_bands=painter.placement.in_bands,
+            on_scale=Pace(task, first.schedule, len(jobs), "refining" if first.sampling.refine else "decoding"),
+            in_bands=in_bands,
         )
     facts = [None] * len(jobs) if drawn.refined is None else _refined_facts(drawn.refined)
-    bits = [[grid[row].cpu() for grid in drawn.bits] for row in range(len(jobs))]
-    rows = zip(to_uint8(images), bits, facts, strict=True)
-    return [Picture(to_pil(image), own, known) for image, own, known in rows]
+    pictures = [to_pil(image) for image in to_uint8(images)]
+    frames = [
+        Frames(model.tokenizer, [grid[row].cpu() for grid in drawn.bits], first.schedule, picture, in_bands)
+        for row, picture in enumerate(pictures)
+    ]
+    return [Picture(*parts) for parts in zip(pictures, facts, frames, strict=True)]
 
 
 def _refined_facts(refined: Refined) -> list[dict[str, Any]]:

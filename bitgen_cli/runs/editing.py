@@ -110,7 +110,7 @@ def take_drawn(job: Job, again: Picture, report: Report) -> None:
     assert job.edit is not None
     original = job.edit.original
     if np.array_equal(np.asarray(original.image), np.asarray(again.image)):
-        original.found[job.kind] = FoundBits([grid[None] for grid in again.bits], "drawn again")
+        original.found[job.kind] = FoundBits([grid[None] for grid in again.frames.bits], "drawn again")
     else:
         report.notice(f"{original.file} cannot be drawn again to the last pixel by its recipe")
 

@@ -51,6 +51,7 @@ from bitgen_cli.runs.drawing import drawing_dtype
 from bitgen_cli.runs.jobs import SampleOptions, chosen_sampling
 from bitgen_cli.runs.models import provide_model
 from bitgen_cli.runs.output import Carried, base_recipe, slug, write_picture
+from bitgen_cli.runs.pace import Pace
 from bitgen_cli.runs.placement import AT_ONCE, Wanted, place
 from bitgen_cli.runs.prompts import Prompt, find_text_model, tell_cut, text_features
 from bitgen_cli.runs.recipes import subject_recipe
@@ -566,14 +567,13 @@ class _Artist:
         assert transformer is not None
         assert tokenizer is not None
         rows = [self.features[prompt].to(transformer.device, transformer.dtype) for prompt in prompts]
-        scales = len(self.scales)
         drawn = draw_bits(
             transformer,
             TextFeatures.from_rows(rows),
             self.scales,
-            plan(self.sampling, scales),
+            plan(self.sampling, len(self.scales)),
             seeds,
-            on_scale=lambda scale: task.status(f"scale {scale + 1} of {scales}"),
+            on_scale=Pace(task, self.scales, len(seeds)),
         )
         total = drawn.total.to(next(tokenizer.parameters()).dtype)
         images = [tokenizer.decode(one, in_bands=self.in_bands) for one in torch.split(total, 1)]

@@ -68,6 +68,7 @@ class SampleOptions:
         output: a file, a folder, a template with {prompt}, {seed}, {index}, {model}, or STDOUT.
         overwrite: whether pictures that are there may be replaced.
         grid: also writes all pictures as one.
+        save_scales: also writes what each picture is after each scale, in one of the formats of runs.scale_pictures.
         metadata: whether pictures carry their recipe.
         embed_bits: whether they carry their bits too; those that were made of another picture always do.
         device, dtype: as in engine.device.
@@ -107,6 +108,7 @@ class SampleOptions:
     output: str | None = None
     overwrite: bool = False
     grid: bool = False
+    save_scales: str | None = None
     metadata: bool = True
     embed_bits: bool = False
     device: str = "auto"

@@ -37,10 +37,20 @@ class Key:
 
 @dataclass(frozen=True)
 class Listed:
-    """A picture that a manifest names."""
+    """A picture that a manifest names.
+
+    Attributes:
+        scales: the file beside it that shows it after each scale.
+    """
 
     path: Path
     seed: int
+    scales: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """All that is written."""
+        return [self.path] if self.scales is None else [self.path, self.scales]
 
 
 class Manifest:
@@ -74,19 +84,22 @@ class Manifest:
         found = self._listed.get(key)
         return found is not None and found.path.is_file()
 
-    def seed_of(self, key: Key) -> int | None:
-        """The seed a picture was listed with."""
-        found = self._listed.get(key)
-        return None if found is None else found.seed
+    def find(self, key: Key) -> Listed | None:
+        """What is listed of a picture."""
+        return self._listed.get(key)
 
     def claim(
-        self, rows: Sequence[tuple[Key, dict[str, Any]]], names: Sequence[Callable[[set[Path]], Path]]
+        self,
+        rows: Sequence[tuple[Key, dict[str, Any]]],
+        names: Sequence[Callable[[set[Path]], Path]],
+        scales: Callable[[Path], Path | None] = lambda _: None,
     ) -> list[Path | None]:
         """Lists pictures that are about to be written, and returns where; None for one that another process has listed.
 
         Args:
             rows: each picture, with its prompt, seed and recipe.
             names: of each a name that is not among those given.
+            scales: where what shows a picture after each scale goes, by the picture's name; None where it is not shown.
 
         Raises:
             InputError, ResourceError: it cannot be written.
@@ -95,19 +108,21 @@ class Manifest:
         try:
             with _alone(self.file) as file:
                 self._read(file)
-                taken = {found.path for found in self._listed.values()}
+                taken = {path for found in self._listed.values() for path in found.files}
                 lines = []
                 for (key, row), name in zip(rows, names, strict=True):
                     found = self._listed.get(key)
-                    if found is not None:
-                        paths.append(found.path if key in self._before else None)
+                    if found is not None and key not in self._before:
+                        paths.append(None)
                         continue
-                    path = name(taken)
-                    taken.add(path)
+                    path = name(taken) if found is None else found.path
                     paths.append(path)
-                    place = path.relative_to(self.folder).as_posix()
-                    whole = {"line": key.line, "of": key.of, "number": key.number, "file": place, **row}
-                    lines.append(json.dumps(whole, ensure_ascii=False) + "\n")
+                    beside = scales(path)
+                    if found is None or beside not in (None, found.scales):
+                        taken.update(Listed(path, 0, beside).files)
+                        whole = {"line": key.line, "of": key.of, "number": key.number, "file": self._place(path)}
+                        whole |= {} if beside is None else {"scales": self._place(beside)}
+                        lines.append(json.dumps(whole | row, ensure_ascii=False) + "\n")
                 if lines:
                     self._append(file, "".join(lines).encode())
         except OSError as error:
@@ -115,6 +130,9 @@ class Manifest:
         # what was listed now is this process's own, should it come to it again
         self._before |= {key for (key, _), path in zip(rows, paths, strict=True) if path is not None}
         return paths
+
+    def _place(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
 
     def _append(self, file: IO[bytes], data: bytes) -> None:
         end = file.seek(0, os.SEEK_END)
@@ -137,10 +155,11 @@ class Manifest:
                 row = json.loads(line)
                 key = Key(int(row["line"]), str(row["of"]), int(row["number"]))
                 place, seed = PurePosixPath(row["file"]), int(row["seed"])
+                beside = PurePosixPath(row["scales"]) if "scales" in row else None
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-            if not place.is_absolute() and ".." not in place.parts:
-                self._listed[key] = Listed(self.folder / place, seed)
+            if all(not path.is_absolute() and ".." not in path.parts for path in (place, beside or place)):
+                self._listed[key] = Listed(self.folder / place, seed, None if beside is None else self.folder / beside)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from bitgen_cli.runs.drawing import Picture, Setting
 from bitgen_cli.runs.jobs import Job, SampleOptions
 from bitgen_cli.runs.original import packed
 from bitgen_cli.runs.recipe_file import BITS, RECIPE
+from bitgen_cli.runs.scale_pictures import files_of
 
 
 def recipe_of(job: Job, picture: Picture, setting: Setting) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def carried_by(job: Job, picture: Picture, recipe: Mapping[str, Any], options: S
     """What a picture carries by what the options say; one that was made of another one always its bits."""
     if not options.metadata:
         return Carried(None)
-    return Carried(recipe, picture.bits if options.embed_bits or job.edit is not None else None)
+    return Carried(recipe, picture.frames.bits if options.embed_bits or job.edit is not None else None)
 
 
 def write_picture(path: Path, image: Image.Image, carried: Carried) -> None:
@@ -222,8 +223,12 @@ def require_free(path: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{path} is there already", "--output gives another name, --overwrite replaces it")
 
 
-def path_of(job: Job, index: int, setting: Setting, *, overwrite: bool = False) -> Path:
+def path_of(
+    job: Job, index: int, setting: Setting, *, overwrite: bool = False, save_scales: str | None = None
+) -> Path:
     """Where a picture goes: the file that was named, else a free name; with `overwrite` one that this run has not used.
+
+    With `save_scales` what goes beside it is free as well.
 
     Raises:
         UsageError: the file is there.
@@ -231,7 +236,8 @@ def path_of(job: Job, index: int, setting: Setting, *, overwrite: bool = False) 
     output = job.output
     named = named_file(output)
     if named is not None:
-        require_free(named, overwrite=overwrite)
+        for file in files_of(named, save_scales):
+            require_free(file, overwrite=overwrite)
         return named
     if output is not None and not _is_folder(output):
         prompt, model = slug(job.prompt), slug(setting.name)
@@ -239,16 +245,18 @@ def path_of(job: Job, index: int, setting: Setting, *, overwrite: bool = False) 
         path = Path(string.Formatter().vformat(output, (), values))
     else:
         path = Path(output or ".") / f"{slug(job.prompt)}-{job.seed}.png"
-    return _free(path, setting.taken, overwrite=overwrite)
+    return _free(path, setting.taken, overwrite=overwrite, save_scales=save_scales)
 
 
-def _free(path: Path, taken: set[Path], *, overwrite: bool) -> Path:
-    """The path, or the same with -2, -3 ... when there is such a file already."""
+def _free(path: Path, taken: set[Path], *, overwrite: bool, save_scales: str | None = None) -> Path:
+    """The path, or the same with -2, -3 ... when there is such a file already, or what would go beside it."""
     number, candidate = 1, path
-    while candidate in taken or (candidate.exists() and not overwrite):
+    while any(
+        file in taken or (file.exists() and not overwrite) for file in files_of(candidate, save_scales)
+    ):
         number += 1
         candidate = path.with_stem(f"{path.stem}-{number}")
-    taken.add(candidate)
+    taken.update(files_of(candidate, save_scales))
     return candidate
 
 

@@ -31,8 +31,9 @@ from bitgen_cli.runs.drawing import (
 )
 from bitgen_cli.runs.editing import given_of, job_again, load_original, take_carried, take_drawn, tokenize_original
 from bitgen_cli.runs.jobs import STDOUT, Job, SampleOptions, jobs_of
-from bitgen_cli.runs.manifest import Key, Manifest
+from bitgen_cli.runs.manifest import Key, Listed, Manifest
 from bitgen_cli.runs.output import (
+    Carried,
     carried_by,
     check_output,
     named_file,
@@ -48,57 +49,11 @@ from bitgen_cli.runs.placement import Placement
 from bitgen_cli.runs.prompt_file import Failure, Request, requested
 from bitgen_cli.runs.prompts import tell_cut
 from bitgen_cli.runs.reproduce import load_recipe, tell_differences
+from bitgen_cli.runs.sample_result import SampledPicture, SampleResult
+from bitgen_cli.runs.scale_pictures import check_format, files_of, scales_path, write_scales
 
 AHEAD = 256
 """Pictures whose text features are in memory: the text encoder is loaded at most once for each so many."""
-
-
-@dataclass(frozen=True)
-class SampledPicture:
-    """One picture that was written."""
-
-    path: Path
-    prompt: str
-    seed: int
-    recipe: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """Its path and recipe."""
-        return {"path": str(self.path), **self.recipe}
-
-
-@dataclass(frozen=True)
-class SampleResult:
-    """Everything that was written.
-
-    Attributes:
-        pictures: in the order of the prompts.
-        grid: all of them as one, when asked for.
-        seconds: drawing and writing took, without loading.
-        kept: pictures of the prompt file that were there already.
-        failures: lines of the prompt file that could not be drawn, in their order.
-        manifest: lists all pictures of the prompt file.
-        png: the picture, where it is not written to disk.
-    """
-
-    pictures: list[SampledPicture]
-    grid: Path | None
-    seconds: float
-    kept: int = 0
-    failures: tuple[Failure, ...] = ()
-    manifest: Path | None = None
-    png: bytes | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as one JSON object."""
-        return {
-            "pictures": [picture.to_json() for picture in self.pictures],
-            "grid": None if self.grid is None else str(self.grid),
-            "seconds": round(self.seconds, 3),
-            "kept": self.kept,
-            "failed": [{"line": failure.line, "error": failure.message} for failure in self.failures],
-            "manifest": None if self.manifest is None else str(self.manifest),
-        }
 
 
 @dataclass(frozen=True)
@@ -191,6 +146,7 @@ def sample(
 
 def _check_whole(options: SampleOptions, requests: Sequence[Request], failed: bool, here: Place) -> None:
     """Raises UsageError where options do not go together, before anything is looked for."""
+    check_format(options.save_scales)
     if here.count > 1 and (options.prompts_file is None or options.prompts or options.grid or options.overwrite):
         raise UsageError(
             f"{here.count} processes share the lines of a prompt file",
@@ -200,14 +156,15 @@ def _check_whole(options: SampleOptions, requests: Sequence[Request], failed: bo
         raise UsageError("no prompt", 'for example: bitgen sample "a red dog on the moon"')
     if options.output == STDOUT:
         alone = sum(one.options.num_images for one in requests) == 1 and here.count == 1
-        if not alone or options.grid or requests[0].options.output != STDOUT:
+        if not alone or options.grid or options.save_scales or requests[0].options.output != STDOUT:
             raise UsageError("--output - writes one picture to stdout, and that alone", "a folder takes several")
     elif options.output is not None:
         count = sum(one.options.num_images for one in requests if one.options.output == options.output)
         check_output(options.output, count)
         named = named_file(options.output)
         if named is not None and options.prompts_file is None:
-            require_free(named, overwrite=options.overwrite)
+            for file in files_of(named, options.save_scales):
+                require_free(file, overwrite=options.overwrite)
 
 
 def _own_device(name: str, here: Place) -> str:
@@ -223,7 +180,6 @@ def _plan(
     requests: Sequence[Request], options: SampleOptions, setting: Setting, manifest: Manifest | None, done: _Done
 ) -> Iterator[_Planned]:
     """The pictures that are not there yet; lines that cannot be drawn become failures."""
-    named: set[Path] = set()
     for request in requests:
         own = request.options
         try:
@@ -234,12 +190,10 @@ def _plan(
             if manifest is not None:
                 jobs = _with_known_seeds(jobs, keys, manifest)
             done_already = [key is not None and manifest is not None and manifest.is_done(key) for key in keys]
-            file = None if own.output == STDOUT else named_file(own.output)
-            if file is not None and not all(done_already):
-                require_free(file, overwrite=options.overwrite)
-                if file in named:
-                    raise UsageError(f"{file} is the output of another line")
-                named.add(file)
+            for key, is_done in zip(keys, done_already, strict=True):
+                listed = None if key is None or manifest is None else manifest.find(key)
+                if not is_done:
+                    _take_name(own.output, listed, options, setting)
         except (UsageError, InputError) as error:
             if not request.line:
                 raise
@@ -249,6 +203,24 @@ def _plan(
         for number, (job, key) in enumerate(zip(jobs, keys, strict=True)):
             if not done_already[number]:
                 yield _Planned(job, request.first + number, key)
+
+
+def _take_name(output: str | None, listed: Listed | None, options: SampleOptions, setting: Setting) -> None:
+    """Keeps the files of a picture for it, where its name is known already.
+
+    Raises:
+        UsageError: they are there, or another line's. What a killed job has written is the picture's own.
+    """
+    path = named_file(output) if listed is None else listed.path
+    if path is None or output == STDOUT:
+        return
+    files = files_of(path, options.save_scales)
+    for file in files:
+        if listed is None or file != listed.scales:
+            require_free(file, overwrite=options.overwrite)
+        if file in setting.taken:
+            raise UsageError(f"{file} is the output of another line")
+    setting.taken.update(files)
 
 
 def _keys(request: Request, jobs: Sequence[Job], setting: Setting) -> list[Key | None]:
@@ -275,9 +247,9 @@ def _keys(request: Request, jobs: Sequence[Job], setting: Setting) -> list[Key |
 def _with_known_seeds(jobs: list[Job], keys: Sequence[Key | None], manifest: Manifest) -> list[Job]:
     """The pictures of a line by the seeds that were drawn for it when it was begun."""
     for number, key in enumerate(keys):
-        seed = None if key is None else manifest.seed_of(key)
-        if seed is not None:
-            return [replace(job, seed=seed - number + k) for k, job in enumerate(jobs)]
+        listed = None if key is None else manifest.find(key)
+        if listed is not None:
+            return [replace(job, seed=listed.seed - number + k) for k, job in enumerate(jobs)]
     return jobs
 
 
@@ -404,20 +376,37 @@ def _write(
         return
     paths = _names(planned, recipes, options, setting, manifest)
     for one, picture, recipe, path in zip(planned, pictures, recipes, paths, strict=True):
-        task.advance()
-        if path is None:
-            continue
         try:
-            write_picture(path, picture.image, carried_by(one.job, picture, recipe, options))
+            carried = carried_by(one.job, picture, recipe, options)
+            scales = None if path is None else _write_files(path, picture, carried, options, task)
         except InputError as error:
             if one.key is None:
                 raise
             done.failures.append(Failure(one.key.line, str(error)))
+            path = None
+        task.advance()
+        if path is None:
             continue
-        done.pictures[one.index] = SampledPicture(path, one.job.prompt, one.job.seed, recipe)
+        done.pictures[one.index] = SampledPicture(path, one.job.prompt, one.job.seed, recipe, scales)
         if options.grid:
             done.images[one.index] = picture.image
         on_picture(done.pictures[one.index])
+
+
+def _write_files(
+    path: Path, picture: Picture, carried: Carried, options: SampleOptions, task: Task
+) -> Path | None:
+    """Writes a picture, and before it what it is after each scale; returns the file of that, where it is asked for."""
+
+    def tell(number: int) -> None:
+        task.status(f"decoding scale {number} of {len(picture.frames)}")
+        task.advance(0)
+
+    scales = scales_path(path, options.save_scales)
+    if scales is not None:
+        write_scales(scales, picture.frames, tell)
+    write_picture(path, picture.image, carried)
+    return scales
 
 
 def _names(
@@ -432,11 +421,12 @@ def _names(
     listed: list[tuple[Key, dict[str, Any]]] = []
     names: list[Callable[[set[Path]], Path]] = []
     waiting: list[int] = []
+    form = options.save_scales
     for number, (one, recipe) in enumerate(zip(planned, recipes, strict=True)):
 
         def name(taken: set[Path], one: _Planned = one) -> Path:
             setting.taken.update(taken)
-            return path_of(one.job, one.index, setting, overwrite=options.overwrite)
+            return path_of(one.job, one.index, setting, overwrite=options.overwrite, save_scales=form)
 
         if manifest is None or one.key is None:
             paths[number] = name(set())
@@ -445,7 +435,7 @@ def _names(
             names.append(name)
             waiting.append(number)
     if manifest is not None and listed:
-        paths |= zip(waiting, manifest.claim(listed, names), strict=True)
+        paths |= zip(waiting, manifest.claim(listed, names, lambda path: scales_path(path, form)), strict=True)
     return [paths[number] for number in range(len(planned))]
 
 

@@ -27,6 +27,7 @@ from bitgen_cli.errors import (
     UsageError,
 )
 from bitgen_cli.report import Report, Table
+from bitgen_cli.runs.sample_result import SampledPicture
 
 Capture = pytest.CaptureFixture[str]
 Fake = Callable[..., list[tuple[Any, ...]]]
@@ -63,11 +64,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     return replace
 
 
-def picture(path: str, seed: int) -> SimpleNamespace:
-    return SimpleNamespace(path=Path(path), prompt="a dog", seed=seed)
+def picture(path: str, seed: int, scales: str | None = None) -> SampledPicture:
+    return SampledPicture(Path(path), "a dog", seed, {}, None if scales is None else Path(scales))
 
 
-def sampled(*pictures: SimpleNamespace, grid: Path | None = None) -> SimpleNamespace:
+def sampled(*pictures: SampledPicture, grid: Path | None = None) -> SimpleNamespace:
     return SimpleNamespace(
         pictures=list(pictures), grid=grid, manifest=None, failures=(), to_json=lambda: RESULT
     )
@@ -279,7 +280,7 @@ def test_sample_hands_everything_over(fake: Fake) -> None:
     calls = fake("sample", "sample", sampled(picture("a.png", 1)))
     line = (
         "sample|a red dog|a blue cat|--model|m|-n|3|--batch-size|2|--seed|5|--cfg|4,3|--cfg-layer|1|--tau|0.5"
-        "|--top-k|2|--top-p|0.9|--greedy|--negative-prompt|rain|--aspect|16:9|--resolution|1M|--prompts|p.txt|-o|out/|--overwrite|--grid"
+        "|--top-k|2|--top-p|0.9|--greedy|--negative-prompt|rain|--aspect|16:9|--resolution|1M|--prompts|p.txt|-o|out/|--overwrite|--grid|--save-scales|webp"
         "|--device|cpu|--dtype|bf16|--text-dtype|int8|--no-text-cache|--no-metadata|--set|sampling.tau=2|--set|sampling.cfg=1"
     )
     assert main(line.split("|")) == 0
@@ -302,6 +303,7 @@ def test_sample_hands_everything_over(fake: Fake) -> None:
         output="out/",
         overwrite=True,
         grid=True,
+        save_scales="webp",
         metadata=False,
         device="cpu",
         dtype="bf16",
@@ -312,11 +314,11 @@ def test_sample_hands_everything_over(fake: Fake) -> None:
 
 
 def test_sample_prints_paths_to_stdout_and_the_seed_to_stderr(fake: Fake, capsys: Capture) -> None:
-    pictures = [picture("out/a.png", 7), picture("out/b.png", 8)]
+    pictures = [picture("out/a.png", 7), picture("out/b.png", 8, "out/b-scales.png")]
     fake("sample", "sample", sampled(*pictures, grid=Path("out/grid.png")))
     assert main(["sample", "a dog", "-n", "2"]) == 0
     shown = capsys.readouterr()
-    assert shown.out == "out/a.png\nout/b.png\nout/grid.png\n"
+    assert shown.out == "out/a.png\nout/b.png\nout/b-scales.png\nout/grid.png\n"
     assert "seeds 7 to 8\n" in shown.err
 
 

@@ -15,14 +15,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from rich.console import Console
+from rich.progress import Progress
 
 from bitgen_cli.console import (
     LINE_EVERY,
     ConsoleReport,
     TrainingPanel,
+    _Bar,
+    _CountColumn,
     accuracy_bar,
     duration,
     listening,
+    pace,
     per_scale,
     plain_table,
     preview,
@@ -144,6 +148,40 @@ def test_a_file_gets_a_line_of_a_long_task_now_and_then(capsys: Capture) -> None
         "tokenize: 80/100, 2.0/s, 10 s left, dog.png",
         "tokenize: 90/100, 2.0/s, 5.0 s left, dog.png",
     ]
+
+
+def test_a_file_is_told_of_a_slow_unit_before_it_is_finished(capsys: Capture) -> None:
+    clock = Clock()
+    with ConsoleReport(clock) as report, report.task("drawing", 2) as task:
+        for scale in range(1, 5):
+            clock.now += LINE_EVERY * 0.75
+            task.status(f"scale {scale} of 4")
+            task.ahead(scale / 2)
+        clock.now += LINE_EVERY
+        task.advance()
+        task.advance()
+    assert capsys.readouterr().err.splitlines() == [
+        "drawing: 0/2, 15 s each, 15 s left, scale 2 of 4",
+        "drawing: 0/2, 15 s each, scale 4 of 4",
+        "drawing: 1/2, 20 s each, scale 4 of 4",
+        "drawing: 2/2, 20 s each, scale 4 of 4",
+    ]
+
+
+def test_a_bar_counts_what_is_finished_and_is_ahead_of_it() -> None:
+    progress = Progress()
+    bar = _Bar(progress, progress.add_task("drawing", total=4, done=0.0, status=""))
+    shown = []
+    for amount in (0.75, 1.5, None, None):
+        bar.advance() if amount is None else bar.ahead(amount)
+        (task,) = progress.tasks
+        shown.append((_CountColumn().render(task).plain, task.completed))
+    assert shown == [("0/4", 0.75), ("0/4", 1.5), ("1/4", 1.5), ("2/4", 2)]
+
+
+@pytest.mark.parametrize(("speed", "said"), [(12.34, "12.3/s"), (0.1, "0.1/s"), (0.05, "20 s each"), (0, "? each")])
+def test_a_slow_pace_is_told_as_the_time_of_each(speed: float, said: str) -> None:
+    assert pace(speed) == said
 
 
 def test_short_tasks_say_nothing_in_a_file(capsys: Capture) -> None:

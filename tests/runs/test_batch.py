@@ -22,7 +22,8 @@ from bitgen_cli.report import Silent
 from bitgen_cli.runs import drawing, output
 from bitgen_cli.runs import sample as walk
 from bitgen_cli.runs.jobs import SampleOptions
-from bitgen_cli.runs.sample import SampleResult, sample
+from bitgen_cli.runs.sample import sample
+from bitgen_cli.runs.sample_result import SampleResult
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +289,8 @@ def test_a_job_that_is_killed_at_any_moment_goes_on(model: str, here: Path) -> N
         "from bitgen_cli.runs.jobs import SampleOptions\n"
         "from bitgen_cli.runs.sample import sample\n"
         "print('ready', flush=True)\n"
-        f"sample(SampleOptions(model={model!r}, prompts_file='p.jsonl', output='out/', batch_size=2), Silent())\n"
+        f"sample(SampleOptions(model={model!r}, prompts_file='p.jsonl', output='out/', batch_size=2,"
+        " save_scales='strip'), Silent())\n"
     )
     for _ in range(3):
         job = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=here)
@@ -302,10 +304,10 @@ def test_a_job_that_is_killed_at_any_moment_goes_on(model: str, here: Path) -> N
         job.send_signal(signal.SIGKILL)
         job.wait()
         job.stdout.close()
-    run(model)
+    run(model, save_scales="strip")
     found = rows()
     assert len({(row["line"], row["number"]) for row in found}) == len(found) == 54
-    assert {row["file"] for row in found} == set(contents())
+    assert {row[name] for row in found for name in ("file", "scales")} == set(contents())
     assert run(model).kept == 54
     for row in found:
         with Image.open(Path("out") / row["file"]) as image:
@@ -315,7 +317,7 @@ def test_a_job_that_is_killed_at_any_moment_goes_on(model: str, here: Path) -> N
 
 def _share(model: str, folder: str) -> None:
     os.chdir(folder)
-    run(model, seed=5, batch_size=2)
+    run(model, seed=5, batch_size=2, save_scales="strip")
 
 
 def test_two_processes_share_the_lines(model: str, here: Path) -> None:
@@ -323,8 +325,9 @@ def test_two_processes_share_the_lines(model: str, here: Path) -> None:
     same = ['{"prompt": "twins"}'] * 4
     Path("p.jsonl").write_text(Path("p.jsonl").read_text() + "\n".join(same) + "\n{\n")
     finish(start_ranks(2, _share, model, str(here)))
-    run(model, seed=5, batch_size=2, output="alone/")
+    run(model, seed=5, batch_size=2, save_scales="strip", output="alone/")
     assert contents() == contents("alone")
+    assert len(contents()) == 2 * 16
     assert len(rows()) == len(rows("alone")) == 16
     listed = {(row["line"], row["number"], row["seed"]) for row in rows()}
     assert listed == {(row["line"], row["number"], row["seed"]) for row in rows("alone")}

@@ -38,7 +38,8 @@ from bitgen_cli.runs.gen_priors import PriorOptions, gen_priors, read_manifest
 from bitgen_cli.runs.inspect_config import InspectOptions, inspect
 from bitgen_cli.runs.jobs import SampleOptions
 from bitgen_cli.runs.resume import resume
-from bitgen_cli.runs.sample import SampledPicture, sample
+from bitgen_cli.runs.sample import sample
+from bitgen_cli.runs.sample_result import SampledPicture
 from bitgen_cli.runs.subject_material import views
 
 FLAGS: dict[str, Any] = {

@@ -30,7 +30,8 @@ from bitgen_cli.runs import prompts as module
 from bitgen_cli.runs.gen_priors import PriorOptions, gen_priors
 from bitgen_cli.runs.jobs import SampleOptions
 from bitgen_cli.runs.prompts import Prompt, TextModel, find_text_model, text_features
-from bitgen_cli.runs.sample import SampledPicture, sample
+from bitgen_cli.runs.sample import sample
+from bitgen_cli.runs.sample_result import SampledPicture
 
 CPU = torch.device("cpu")
 FP32 = TextPrecision("fp32", torch.float32)

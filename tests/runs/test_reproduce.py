@@ -19,7 +19,8 @@ from bitgen_cli.errors import BitgenError, InputError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.jobs import SampleOptions
 from bitgen_cli.runs.recipe_file import LARGEST, read_recipe
-from bitgen_cli.runs.sample import SampledPicture, sample
+from bitgen_cli.runs.sample import sample
+from bitgen_cli.runs.sample_result import SampledPicture
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from bitgen_cli.errors import BitgenError, ConfigError, InputError, ResourceErro
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.jobs import SampleOptions
 from bitgen_cli.runs.output import slug
-from bitgen_cli.runs.sample import SampledPicture, sample
+from bitgen_cli.runs.sample import sample
+from bitgen_cli.runs.sample_result import SampledPicture
 
 CONFIG = ModelConfig.model_validate(
     {
