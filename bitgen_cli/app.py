@@ -19,6 +19,7 @@ import typer
 
 from bitgen_cli import __version__
 from bitgen_cli.errors import BitgenError, DivergedError, ExitCode, InputError, Interrupted, Terminated, UsageError
+from bitgen_cli.examples import EXAMPLES
 from bitgen_cli.place import place
 
 if TYPE_CHECKING:
@@ -41,6 +42,15 @@ class _Plain:
         option.metavar, option.default = "", False  # without a default, typer loads pydantic to check it
         return option
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Prints the help and, last, what can be typed to begin with."""
+        super().format_help(ctx, formatter)  # type: ignore[misc]
+        from bitgen_cli import console
+
+        if self.epilog is None:  # type: ignore[attr-defined]
+            print()
+        console.show_examples(EXAMPLES["" if ctx.parent is None else ctx.info_name])
+
 
 class _Group(_Plain, typer.core.TyperGroup):
     """The program."""
@@ -53,8 +63,7 @@ class _Command(_Plain, typer.core.TyperCommand):
 app = typer.Typer(
     name="bitgen",
     help="Bitwise autoregressive text-to-image models: sample, train, tokenize.",
-    epilog="Exit codes: 0 done, 1 internal error, 2 wrong usage or configuration, 3 not enough resources, "
-    "4 missing or unreadable input, or lines of it, 5 training diverged, 130 interrupted, 143 terminated.",
+    epilog=f"Exit codes: {'; '.join(f'{code.value} {code.meaning}' for code in ExitCode)}.",
     add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -68,7 +77,7 @@ def _stay_offline(wanted: bool) -> bool:
 
 
 _DRAWING, _OUTPUT, _COMPUTING, _CONFIGURING = "Drawing", "Output", "Computing", "Configuration"
-_LEARNING = "Learning"
+_READING, _STORING, _LEARNING, _TRYING = "Reading pictures", "What is kept", "Learning", "Trying out"
 
 
 def _option(
@@ -84,7 +93,7 @@ def _option(
     Args:
         metavar: what the value is.
         help: one line.
-        panel: heading in the help; None is the first one.
+        panel: heading in the help; None is the first one, for what a newcomer needs first.
         names: with their dashes, where they are not the parameter's.
         least, most: smallest and largest value of a number.
     """
@@ -112,7 +121,11 @@ Strategy = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    _flag("--dry-run", "Do everything up to the first step, show the memory and disk needed, leave nothing behind."),
+    _flag(
+        "--dry-run",
+        "Do everything up to the first step, show the memory and disk needed, leave nothing behind.",
+        _TRYING,
+    ),
 ]
 Dtype = Annotated[str, _option("DTYPE", "auto, fp32, bf16 or fp16.", _COMPUTING)]
 Model = Annotated[
@@ -136,19 +149,20 @@ Offline = Annotated[
         callback=_stay_offline,
     ),
 ]
-Resolution = Annotated[str | None, _option("RESOLUTION", "Pixel budget: 0.06M, 0.25M, 0.60M or 1M.")]
+_BUDGET = "Pixel budget: 0.06M, 0.25M, 0.60M or 1M."
+_BIT_COUNT = "Bits per latent position, where a model may be used with several."
 Aspects = Annotated[
     str | None,
-    _option("SHAPES", "Crop pictures to these shapes alone, for example 1:1,16:9.", names=("--aspect",)),
+    _option("SHAPES", "Crop pictures to these shapes alone, for example 1:1,16:9.", _READING, ("--aspect",)),
 ]
 CaptionKey = Annotated[
     str | None,
-    _option("FIELD", "Field or column that holds the captions; none reads no captions."),
+    _option("FIELD", "Field or column that holds the captions; none reads no captions.", _READING),
 ]
 ImageRoot = Annotated[
-    Path | None, _option("FOLDER", "Where the pictures of a listing are, if not beside it; links may lead there.")
+    Path | None,
+    _option("FOLDER", "Where the pictures of a listing are, if not beside it; links may lead there.", _READING),
 ]
-Bits = Annotated[int | None, _option("N", "Bits per latent position, where a model may be used with several.", least=1)]
 Overrides = Annotated[
     list[str] | None,
     _option(
@@ -168,7 +182,7 @@ Sweep = Annotated[
         "HOW",
         "Try every combination of the values of keys that --set names several times: print shows the commands, "
         "run trains one after the other, in folders below --out.",
-        _CONFIGURING,
+        _TRYING,
     ),
 ]
 Logs = Annotated[
@@ -203,7 +217,7 @@ def sample(
     context: typer.Context,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PROMPT...", help="What to draw; a picture for each.", show_default=False),
+        typer.Argument(metavar="PROMPT", help="What to draw; a picture for each.", show_default=False),
     ] = None,
     model: Model = "demo",
     num_images: Annotated[
@@ -316,8 +330,8 @@ def sample(
         str | None,
         _option("W:H", "Shape of the picture, for example 16:9.", _DRAWING),
     ] = None,
-    resolution: Resolution = None,
-    bits: Bits = None,
+    resolution: Annotated[str | None, _option("RESOLUTION", _BUDGET, _DRAWING)] = None,
+    bits: Annotated[int | None, _option("N", _BIT_COUNT, _DRAWING, least=1)] = None,
     subjects: Annotated[
         list[str] | None,
         _option(
@@ -500,25 +514,30 @@ def tokenize(
         Path | None, typer.Argument(metavar="OUT", help="Folder of the token store.", show_default=False)
     ] = None,
     model: Model = "demo",
-    resolution: Resolution = None,
+    resolution: Annotated[str | None, _option("RESOLUTION", _BUDGET, _READING)] = None,
     aspect: Aspects = None,
     caption_key: CaptionKey = None,
     image_root: ImageRoot = None,
-    bits: Bits = None,
+    bits: Annotated[int | None, _option("N", _BIT_COUNT, _STORING, least=1)] = None,
     latents: Annotated[
         bool,
         _flag(
             "--latents/--no-latents",
             "Keep the latents too, which training with flipped bits needs to be exact.",
+            _STORING,
         ),
     ] = True,
     reconstruct: Annotated[
         int,
-        _option("N", "Decode N pictures again, beside their originals, and measure PSNR and SSIM.", least=0),
+        _option("N", "Decode N pictures again, beside their originals, and measure PSNR and SSIM.", _STORING, least=0),
     ] = 0,
     text_features: Annotated[
         bool,
-        _flag("--text-features", "Keep what the model's text encoder makes of the captions, if it is a fixed one."),
+        _flag(
+            "--text-features",
+            "Keep what the model's text encoder makes of the captions, if it is a fixed one.",
+            _STORING,
+        ),
     ] = False,
     verify: Annotated[
         Path | None,
@@ -618,7 +637,7 @@ def train(
     out: Annotated[Path, _option("RUN", "Folder of the run, new or empty.")],
     preset: Annotated[
         str | None,
-        _option("PRESET", "The model and its recipe.", _CONFIGURING),
+        _option("PRESET", "The model and its recipe."),
     ] = None,
     stage: Annotated[
         str | None,
@@ -632,34 +651,38 @@ def train(
             "of a store the one that made it.",
         ),
     ] = None,
-    allow_init_mismatch: Annotated[
-        list[str] | None,
-        _option("NAME", "Weights of --init that may be missing, left over or misshapen. May be repeated."),
-    ] = None,
     aspect: Aspects = None,
     caption_key: CaptionKey = None,
     image_root: ImageRoot = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
-    sweep: Sweep = None,
     steps: Annotated[
         int | None,
-        _option("N", "Optimizer steps.", _CONFIGURING, least=1),
+        _option("N", "Optimizer steps.", _LEARNING, least=1),
     ] = None,
     batch_size: Annotated[
         int | None,
-        _option("N", "Pictures per micro-batch.", _CONFIGURING, least=1),
+        _option("N", "Pictures per micro-batch.", _LEARNING, least=1),
     ] = None,
     seed: Annotated[
         int | None,
-        _option("SEED", "Of everything random.", _CONFIGURING),
+        _option("SEED", "Of everything random.", _LEARNING),
+    ] = None,
+    allow_init_mismatch: Annotated[
+        list[str] | None,
+        _option("NAME", "Weights of --init that may be missing, left over or misshapen. May be repeated.", _LEARNING),
     ] = None,
     logs: Logs = None,
     dry_run: DryRun = False,
     overfit_check: Annotated[
         bool,
-        _flag("--overfit-check", "See whether four pictures can be memorised, PASS or FAIL, and leave nothing behind."),
+        _flag(
+            "--overfit-check",
+            "See whether four pictures can be memorised, PASS or FAIL, and leave nothing behind.",
+            _TRYING,
+        ),
     ] = False,
+    sweep: Sweep = None,
     device: Device = "auto",
     offline: Offline = False,
     devices: Devices = None,
@@ -783,12 +806,6 @@ def finetune_subject(
     name: Annotated[str | None, _option("NAME", "Keep it under this name; without one, the token's letters.")] = None,
     model: Model = "demo",
     out: Annotated[Path | None, _option("RUN", "Folder of the run; without one, ./subject-NAME.")] = None,
-    overwrite: Annotated[bool, _flag("--overwrite", "Replace a subject of the same name.")] = False,
-    merge: Annotated[
-        Path | None,
-        _option("FOLDER", "Also write a whole model with the subject in it; with --subject, that alone."),
-    ] = None,
-    subject: Annotated[str | None, _option("SUBJECT", "A learned subject, NAME or FILE, to --merge.")] = None,
     train: Annotated[
         list[str] | None,
         _option("PARTS", "What learns: token, text, cross, ffn, self, lora, all; several with commas.", _LEARNING),
@@ -816,11 +833,17 @@ def finetune_subject(
     ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
-    sweep: Sweep = None,
-    steps: Annotated[int | None, _option("N", "Optimizer steps.", _CONFIGURING, least=1)] = None,
-    seed: Annotated[int | None, _option("SEED", "Of everything random.", _CONFIGURING)] = None,
+    steps: Annotated[int | None, _option("N", "Optimizer steps.", _LEARNING, least=1)] = None,
+    seed: Annotated[int | None, _option("SEED", "Of everything random.", _LEARNING)] = None,
+    overwrite: Annotated[bool, _flag("--overwrite", "Replace a subject of the same name.", _OUTPUT)] = False,
+    merge: Annotated[
+        Path | None,
+        _option("FOLDER", "Also write a whole model with the subject in it; with --subject, that alone.", _OUTPUT),
+    ] = None,
+    subject: Annotated[str | None, _option("SUBJECT", "A learned subject, NAME or FILE, to --merge.", _OUTPUT)] = None,
     logs: Logs = None,
     dry_run: DryRun = False,
+    sweep: Sweep = None,
     device: Device = "auto",
     offline: Offline = False,
     as_json: Json = False,
@@ -999,7 +1022,7 @@ def inspect_config(
     targets: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="TARGET...",
+            metavar="TARGET",
             help="A preset, a configuration file, a run, a model, a subject or a picture made by bitgen; "
             "with --plot, one run or several.",
             show_default=False,
@@ -1009,11 +1032,11 @@ def inspect_config(
     overrides: Overrides = None,
     schema: Annotated[
         bool,
-        _flag("--schema", "Print the JSON schema of a configuration instead.", _OUTPUT),
+        _flag("--schema", "Print the JSON schema of a configuration instead."),
     ] = False,
     plot: Annotated[
         Path | None,
-        _option("FILE", "Draw the course of a run's training instead: FILE.png, .svg or .pdf.", _OUTPUT),
+        _option("FILE", "Draw the course of a run's training instead: FILE.png, .svg or .pdf."),
     ] = None,
     as_json: Json = False,
 ) -> None:

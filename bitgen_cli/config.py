@@ -206,9 +206,9 @@ class TextEncoderConfig(Section):
     source: str = Field(min_length=1, description="transformers folder, hub repository, or `new`")
     vocabulary: PositiveInt | None = Field(default=None, description="most entries the vocabulary gets")
     width: PositiveInt | None = Field(default=None, description="channels; must equal transformer.text_width")
-    layers: Annotated[PositiveInt, Field(le=MOST_BLOCKS)] | None = None
-    heads: PositiveInt | None = None
-    ffn_width: PositiveInt | None = None
+    layers: Annotated[PositiveInt, Field(le=MOST_BLOCKS)] | None = Field(default=None, description="blocks")
+    heads: PositiveInt | None = Field(default=None, description="attention heads; width must divide by it")
+    ffn_width: PositiveInt | None = Field(default=None, description="channels inside the feed-forward")
 
     @model_validator(mode="after")
     def _geometry(self) -> TextEncoderConfig:
@@ -353,12 +353,12 @@ class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
     learning_rate: PositiveFloat = Field(description="the peak")
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.97)
-    epsilon: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.005
-    clip_norm: PositiveFloat = 5.0
-    warmup_steps: NonNegativeInt = 0
-    schedule: Literal["constant", "cosine"] = "constant"
+    betas: tuple[BelowOne, BelowOne] = Field(default=(0.9, 0.97), description="of AdamW's two running means")
+    epsilon: PositiveFloat = Field(default=1e-8, description="of AdamW: added to what is divided by")
+    weight_decay: NonNegativeFloat = Field(default=0.005, description="of AdamW, for matrices alone")
+    clip_norm: PositiveFloat = Field(default=5.0, description="longest gradient; longer ones are shortened to it")
+    warmup_steps: NonNegativeInt = Field(default=0, description="steps until the peak is reached")
+    schedule: Literal["constant", "cosine"] = Field(default="constant", description="after the warm-up")
     final_learning_rate: Fraction = Field(default=0.01, description="end of the cosine / learning_rate")
 
 
@@ -375,15 +375,15 @@ class LoopConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="0 keeps no averaged weights"
     )
-    seed: int = 0
-    workers: NonNegativeInt = 0
-    log_every: PositiveInt = 10
-    validate_every: PositiveInt = 500
+    seed: int = Field(default=0, description="of everything random")
+    workers: NonNegativeInt = Field(default=0, description="processes that read pictures ahead")
+    log_every: PositiveInt = Field(default=10, description="steps between two lines of metrics.jsonl")
+    validate_every: PositiveInt = Field(default=500, description="steps between looks at the pictures held out")
     validation_images: NonNegativeInt = Field(default=256, description="pictures held out for validation")
     sample_every: NonNegativeInt = Field(
         default=1000, description="steps between picture grids; 0 draws none"
     )
-    save_every: PositiveInt = 500
+    save_every: PositiveInt = Field(default=500, description="steps between checkpoints")
     keep_last: PositiveInt = Field(default=2, description="checkpoints kept besides the best one")
     keep_every: NonNegativeInt = Field(
         default=0, description="keep the checkpoints of all steps that this divides as well; 0 keeps none"
@@ -398,14 +398,15 @@ class LoopConfig(Section):
 
 
 Shapes = list[Annotated[str, Field(pattern=r"^[0-9]{1,6}:[0-9]{1,6}$")]]
+_CHECKPOINTED = "compute activations again in the backward pass: less memory, more time"
 _SHAPES = "shapes W:H that pictures are cropped to, the nearest one each; empty is all of them"
 
 
 class TokenizerTraining(LoopConfig):
     """Stage `tokenizer`: the autoencoder and its bits."""
 
-    l1_weight: NonNegativeFloat = 1.0
-    l2_weight: NonNegativeFloat = 0.0
+    l1_weight: NonNegativeFloat = Field(default=1.0, description="mean absolute error of the pixels")
+    l2_weight: NonNegativeFloat = Field(default=0.0, description="mean squared error of the pixels")
     structural_weight: NonNegativeFloat = Field(default=0.1, description="1 - SSIM")
     perceptual_weight: NonNegativeFloat = Field(
         default=0.0, description="LPIPS on VGG-16; needs `pip install bitgen[lpips]`"
@@ -465,7 +466,7 @@ class TransformerTraining(LoopConfig):
     caption_dropout: Fraction = Field(
         default=0.1, description="share of prompts replaced by the unconditional one"
     )
-    checkpoint_activations: bool = False
+    checkpoint_activations: bool = Field(default=False, description=_CHECKPOINTED)
     picture_cache: NonNegativeFloat = Field(
         default=2.0, description="GiB of memory for pictures already tokenized, where they are so while it trains"
     )
@@ -485,7 +486,7 @@ class SubjectTraining(LoopConfig):
     validate_every: PositiveInt = Field(default=100, description="steps between looks at the drift")
     validation_images: NonNegativeInt = Field(default=16, description="pictures per prompt set that drift is told by")
     sample_every: NonNegativeInt = Field(default=100, description="steps between picture grids; 0 draws none")
-    save_every: PositiveInt = 100
+    save_every: PositiveInt = Field(default=100, description="steps between checkpoints")
     export_precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp16", description="number type of the subject file"
     )
@@ -498,9 +499,11 @@ class SubjectTraining(LoopConfig):
         description="share of the steps in which the token's embedding learns alone: what the model can already draw "
         "is then in the token, which prompts combine with anything, and the weights learn the rest",
     )
-    lora_rank: PositiveInt = 16
+    lora_rank: PositiveInt = Field(default=16, description="of the adapters that `lora` in train adds")
     lora_alpha: PositiveFloat = Field(default=16.0, description="the adapter is scaled by lora_alpha / lora_rank")
-    lora_layers: Annotated[list[LoraLayer], Field(min_length=1)] = Field(default=["cross", "ffn"])
+    lora_layers: Annotated[list[LoraLayer], Field(min_length=1)] = Field(
+        default=["cross", "ffn"], description="where they are added"
+    )
     prior: Literal["images", "distill", "none"] = Field(
         default="images",
         description="what keeps the class: pictures by the base model, samples of it that stay bits, nothing",
@@ -565,7 +568,7 @@ class SubjectTraining(LoopConfig):
         ],
         description="prompts that have nothing to do with the subject; their pictures show the drift",
     )
-    checkpoint_activations: bool = False
+    checkpoint_activations: bool = Field(default=False, description=_CHECKPOINTED)
 
     @property
     def first_whole_step(self) -> int:
@@ -602,8 +605,8 @@ class TrainingConfig(Section):
 class Config(Section):
     """A whole preset or --config file."""
 
-    name: str = Field(min_length=1)
-    description: str = ""
+    name: str = Field(min_length=1, description="what it is called")
+    description: str = Field(default="", description="one line")
     model: ModelConfig
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = TrainingConfig()

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from bitgen_cli.engine.data_report import CaptionCounts
+    from bitgen_cli.examples import Example
     from bitgen_cli.report import Report, Table, Task
     from bitgen_cli.runs.finetune_subject import SubjectResult
     from bitgen_cli.runs.gen_priors import PriorResult
@@ -714,6 +715,16 @@ def show_error(message: str, kind: str = "error") -> None:
 def is_terminal(console: Console) -> bool:
     """Whether more than plain lines can be shown."""
     return console.is_terminal and not console.is_dumb_terminal
+
+
+def show_examples(examples: Sequence[Example]) -> None:
+    """Prints commands to copy, each below what it does, which a shell takes for a comment."""
+    console = _console(sys.stdout)
+    console.print(Text(" Examples", "bold"))
+    for example in examples:
+        console.print()
+        console.print(Text(f"   # {example.does}", "dim"), soft_wrap=True)
+        console.print(Text(f"   {example.command}"), soft_wrap=True, highlight=False)
 
 
 def _show_facts(facts: Mapping[str, str]) -> None:

@@ -6,16 +6,28 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What the shell gets back; documented in the README."""
+    """What the shell gets back.
 
-    OK = 0
-    INTERNAL = 1
-    USAGE = 2
-    RESOURCES = 3
-    INPUT = 4
-    DIVERGED = 5
-    INTERRUPTED = 130
-    TERMINATED = 143
+    Attributes:
+        meaning: in a few words, as --help and the reference tell it.
+    """
+
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> ExitCode:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
+
+    OK = 0, "done"
+    INTERNAL = 1, "internal error"
+    USAGE = 2, "wrong usage or configuration"
+    RESOURCES = 3, "not enough memory or disk, or no such device"
+    INPUT = 4, "missing or unreadable input, or lines of it"
+    DIVERGED = 5, "training diverged, or --overfit-check failed"
+    INTERRUPTED = 130, "interrupted, what was done is saved"
+    TERMINATED = 143, "terminated, what was done is saved"
 
 
 class BitgenError(Exception):

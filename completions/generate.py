@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import typer  # noqa: TID251 (it knows the commands)
-
-from bitgen_cli.app import app
 from bitgen_cli.presets import preset_names
 from bitgen_cli.runs.published import CATALOGUE
+from bitgen_cli.surface import Command, commands, first_line
 
 FOLDER = Path(__file__).parent
 
@@ -35,12 +32,12 @@ class Kind:
 def kinds() -> dict[str, Kind]:
     """What each metavar of bitgen_cli/app.py stands for."""
     presets = tuple(preset_names())
-    free = ("N", "P", "SEED", "NUMBERS", "TEXT", "W:H", "KEY=VALUE", "PROMPT...", "WORD", "TOKEN", "NAME", "WEIGHT")
+    free = ("N", "P", "SEED", "NUMBERS", "TEXT", "W:H", "KEY=VALUE", "PROMPT", "WORD", "TOKEN", "NAME", "WEIGHT")
     free += ("SHAPES", "FIELD", "I/N", "K")
     anything = {name: Kind() for name in free}
     return anything | {
         "PRESET": Kind(presets),
-        "TARGET...": Kind(presets, "files"),
+        "TARGET": Kind(presets, "files"),
         "FILE": Kind(paths="files"),
         "PATH": Kind(paths="files"),
         "PICTURE": Kind(paths="files"),
@@ -69,8 +66,8 @@ def kinds() -> dict[str, Kind]:
 
 
 @dataclass(frozen=True)
-class Option:
-    """An option of a command.
+class Choice:
+    """An option as a shell offers it.
 
     Attributes:
         names: as typed, such as -n and --num-images.
@@ -85,42 +82,15 @@ class Option:
     repeated: bool
 
 
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: its name, one line of help, its options, and the metavars of its arguments."""
-
-    name: str
-    help: str
-    options: tuple[Option, ...]
-    arguments: tuple[str, ...]
-
-
-HELP = Option(("--help", "-h"), "Show the help", "", False)
-
-
-def commands() -> list[Command]:
-    """The subcommands as typer knows them."""
-    group: Any = typer.main.get_command(app)
-    return [_command(name, command) for name, command in group.commands.items()]
-
-
-def _command(name: str, command: Any) -> Command:
-    options: list[Option] = []
-    arguments: list[str] = []
-    for parameter in command.params:
-        if parameter.param_type_name == "argument":
-            arguments.append(parameter.metavar)
-            continue
-        value = "" if parameter.is_flag else parameter.metavar
-        help_line = _line(parameter.help)
-        options.append(Option(tuple(parameter.opts), help_line, value, parameter.multiple))
-        if parameter.secondary_opts:
-            options.append(Option(tuple(parameter.secondary_opts), f"Not: {help_line}", "", False))
-    return Command(name, _line(command.help), (*options, HELP), tuple(arguments))
-
-
-def _line(text: str) -> str:
-    return text.strip().split("\n")[0].removesuffix(".")
+def choices(command: Command) -> list[Choice]:
+    """What the options of a command offer; the names that say the opposite apart."""
+    found: list[Choice] = []
+    for option in command.options:
+        line = first_line(option.help)
+        found.append(Choice(option.names, line, option.value, option.repeated))
+        if option.off:
+            found.append(Choice(option.off, f"Not: {line}", "", False))
+    return found
 
 
 BASH = r"""# bash completion for bitgen. Written by completions/generate.py; do not edit.
@@ -171,13 +141,13 @@ def bash() -> str:
         f"{'|'.join(_quoted(f'{command.name} {name}') for name in option.names)}) "
         f"{_bash_kind(known[option.value])} ;;"
         for command in found
-        for option in command.options
+        for option in choices(command)
         if option.value
     ]
     places = [f"'') words='{' '.join(command.name for command in found)}' options='--version --help -h' ;;"]
     for command in found:
-        names = " ".join(name for option in command.options for name in option.names)
-        kind = _merged([known[argument] for argument in command.arguments])
+        names = " ".join(name for option in choices(command) for name in option.names)
+        kind = _merged([known[argument.value] for argument in command.arguments])
         places.append(f"{command.name}) {_bash_kind(kind)} options='{names}' ;;")
     return _filled(BASH, VALUES=values, COMMANDS=places)
 
@@ -246,18 +216,16 @@ def zsh() -> str:
     known, found = kinds(), commands()
     lines: list[str] = []
     for command in found:
-        specs = [_zsh_option(option, known) for option in command.options]
+        specs = [_zsh_option(option, known) for option in choices(command)]
         for place, argument in enumerate(command.arguments, start=1):
-            position = "*" if argument.endswith("...") else str(place)
-            specs.append(
-                _quoted(f"{position}:{_zsh_text(argument)}:{_zsh_action(argument, known[argument])}")
-            )
+            position, value = "*" if argument.several else str(place), argument.value
+            specs.append(_quoted(f"{position}:{_zsh_text(value)}:{_zsh_action(value, known[value])}"))
         lines.append(f"{command.name})")
         lines.append("  _arguments \\")
         lines += [f"    {spec} \\" for spec in specs]
         lines.append("    && ret=0")
         lines.append("  ;;")
-    names = [_quoted(f"{command.name}:{command.help}") for command in found]
+    names = [_quoted(f"{command.name}:{command.summary}") for command in found]
     helpers = [
         f"{_zsh_helper(name)}() {{ _alternative 'word:word:({' '.join(kind.words)})' "
         f"'path:path:{ZSH_PATHS[kind.paths]}' }}"
@@ -267,7 +235,7 @@ def zsh() -> str:
     return _filled(ZSH, HELPERS=helpers, NAMES=names, COMMANDS=lines)
 
 
-def _zsh_option(option: Option, known: dict[str, Kind]) -> str:
+def _zsh_option(option: Choice, known: dict[str, Kind]) -> str:
     text = f"[{_zsh_text(option.help)}]"
     if option.value:
         text += f":{_zsh_text(option.value)}:{_zsh_action(option.value, known[option.value])}"
@@ -308,15 +276,15 @@ def fish() -> str:
     """The completions for fish."""
     known, found = kinds(), commands()
     first = "complete -c bitgen -n __fish_use_subcommand"
-    names = [f"{first} -a {command.name} -d {_quoted(command.help, for_fish=True)}" for command in found]
+    names = [f"{first} -a {command.name} -d {_quoted(command.summary, for_fish=True)}" for command in found]
     lines: list[str] = []
     for command in found:
         here = f"complete -c bitgen -n '__fish_seen_subcommand_from {command.name}'"
-        kind = _merged([known[argument] for argument in command.arguments])
+        kind = _merged([known[argument.value] for argument in command.arguments])
         lines.append("")
         if kind != Kind():
             lines.append(here + _fish_kind(kind))
-        for option in command.options:
+        for option in choices(command):
             typed = "".join(
                 f" -l {name[2:]}" if name.startswith("--") else f" -s {name[1:]}" for name in option.names
             )

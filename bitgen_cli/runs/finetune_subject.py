@@ -123,13 +123,14 @@ class SubjectResult:
 
     Attributes:
         name: the subject is known under.
-        token, class_word: what prompts call it.
+        token: what prompts call it.
+        class_word: what they call any thing of its kind.
         file: the registered subject file.
         run: its folder.
         steps: done in all.
-        validation: losses and drift after the last step (SubjectStage.validate).
+        validation: losses and drift after the last step.
         merged: the whole model folder, when one was asked for.
-        seconds: this call took.
+        seconds: it took.
     """
 
     name: str

@@ -70,8 +70,10 @@ class Fit:
     """What a training needs and whether it is there.
 
     Attributes:
-        stage, parameters: what is trained, and how many numbers that are.
-        device, ranks: where.
+        stage: that is trained.
+        parameters: numbers that learn.
+        device: where.
+        ranks: processes that work together.
         memory: of each rank.
         data: bytes of what is kept of the data.
         free: bytes of memory; None where nobody tells.

@@ -187,7 +187,7 @@ class PriorResult:
         reused: pictures the base model had made before.
         own: pictures of the user.
         pictures: all of them, the user's own last.
-        seconds: this call took.
+        seconds: it took.
     """
 
     folder: Path

@@ -97,7 +97,7 @@ class TrainResult:
         loss: of the last step.
         validation: measurements on held-out pictures after the last step; empty without such pictures.
         model: the model folder.
-        seconds: this call took.
+        seconds: it took.
         init: what became of every key of the weights it began with, a part each; empty when it was resumed.
     """
 

@@ -21,9 +21,10 @@ class VerifyResult:
         count: pictures.
         shards: pieces they are stored in.
         parts: folders of their own that several processes made; 1 for a store in one piece.
-        bytes: read.
-        latents, text_features: whether they are kept.
-        seconds: this took.
+        bytes: that were read.
+        latents: whether they are kept.
+        text_features: whether they are kept.
+        seconds: it took.
     """
 
     store: Path

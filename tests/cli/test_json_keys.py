@@ -1,85 +1,44 @@
-"""--json: every command has it, and the keys that the README lists are those that are printed."""
+"""--json: every command has it, and the keys that the reference lists are those that are printed."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
 
+import pages
 import pytest
-import typer
 
-from bitgen_cli.app import app
-from bitgen_cli.runs.finetune_subject import SubjectResult
-from bitgen_cli.runs.fitting import Fit
-from bitgen_cli.runs.gen_priors import PriorResult
-from bitgen_cli.runs.overfit import OverfitResult
-from bitgen_cli.runs.plot import PlotResult
-from bitgen_cli.runs.sample_result import SampledPicture, SampleResult
-from bitgen_cli.runs.sweep import SweepResult
-from bitgen_cli.runs.tokenize import TokenizeResult
-from bitgen_cli.runs.train import TrainResult
-from bitgen_cli.runs.verify import VerifyResult
+from bitgen_cli.report import Silent
+from bitgen_cli.runs.inspect_config import InspectOptions, inspect
+from bitgen_cli.surface import commands
 
-README = Path(__file__).parents[2] / "README.md"
-RESULTS = {
-    "sample": SampleResult,
-    "tokenize": TokenizeResult,
-    "tokenize --verify": VerifyResult,
-    "train": TrainResult,
-    "train --overfit-check": OverfitResult,
-    "train --sweep run": SweepResult,
-    "finetune-subject": SubjectResult,
-    "gen-priors": PriorResult,
-    "inspect-config --plot": PlotResult,
-    "train --dry-run": Fit,
-}
-EMPTY = {"pictures": (), "remade": (), "runs": (), "init": (), "choices": (), "seconds": 0.0, "failures": ()}
-
-
-@dataclass
-class Nothing:
-    """What stands for a part that is itself an object."""
-
-    total: int = 0
-    peak: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return {}
-
-
-def printed(result: Any) -> set[str]:
-    """The keys of a result with nothing in it."""
-    values = {one.name: EMPTY.get(one.name) for one in fields(result)}
-    values |= {name: Nothing() for name in ("memory", "disk") if name in values}
-    values |= {name: 0 for name in ("data", "free") if name in values and result is Fit}
-    return set(result(**values).to_json())
+RESULTS = pages.generator().RESULTS
 
 
 def documented() -> dict[str, set[str]]:
-    section = README.read_text().partition("\n## JSON\n")[2].partition("\n## ")[0]
+    """The keys in the reference's tables, by command."""
+    section = pages.reference().partition("\n## JSON\n")[2]
     found = {}
-    for commands, keys in re.findall(r"^\| (`.*?) \| (.*) \|$", section, re.MULTILINE):
-        for command in re.findall("`([^`]+)`", commands):
-            found[command] = set(re.findall("`([^`]+)`", re.sub(r"\([^)]*\)", "", keys)))
+    for chapter in re.split(r"^### ", section, flags=re.MULTILINE)[1:]:
+        command = chapter.partition(" --json\n")[0]
+        rows = re.findall(r"^\| (`.*?`) \|", chapter, re.MULTILINE)
+        found[command] = {key for row in rows for key in re.findall("`([^`]+)`", row)}
     return found
 
 
 @pytest.mark.parametrize("command", RESULTS)
-def test_the_keys_in_the_readme_are_those_that_are_printed(command: str) -> None:
-    assert documented()[command] == printed(RESULTS[command])
+def test_the_keys_in_the_reference_are_those_that_are_printed(command: str) -> None:
+    assert documented()[command] == set(pages.generator().printed(RESULTS[command]))
 
 
-def test_the_keys_of_a_picture_are_documented() -> None:
-    (row,) = re.findall(r"^\| `sample` \| `pictures` \((.*?)\)", README.read_text(), re.MULTILINE)
-    printed = SampledPicture(Path("x.png"), "a cat", 1, {}).to_json()
-    assert re.findall("`([^`]+)`", row) == list(printed)
+def test_the_keys_of_inspect_config_are_those_that_are_printed() -> None:
+    printed = set(inspect(InspectOptions("demo"), Silent()).to_json())
+    assert documented()["inspect-config"] == {*printed, "run", "model"}
 
 
 def test_every_command_has_json_and_its_keys_are_documented() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    for name, command in commands.items():
-        assert "--json" in {flag for option in command.params for flag in option.opts}, name
-    assert {command.split()[0] for command in documented()} == set(commands)
-    assert set(documented()) == {*RESULTS, "resume"}
+    for command in commands():
+        assert "--json" in {name for option in command.options for name in option.names}, command.name
+    # of resume it is said that it prints what the command before it did
+    names = {command.name for command in commands()} - {"resume"}
+    assert {command.split()[0] for command in documented()} == names
+    assert set(documented()) == {*RESULTS, "inspect-config"}

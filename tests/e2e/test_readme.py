@@ -1,4 +1,4 @@
-"""Every bitgen command of README.md runs as it stands there, one after the other in one folder."""
+"""Every bitgen command of README.md and docs/ runs as it stands there, those of a page one after the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from PIL import Image
 
 from bitgen_cli.__main__ import main
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+GENERATED = "reference.md"
+"""Its examples stand for themselves: tests/cli/test_examples.py sees to them."""
 SMALLER = {"world:40000": "world:300", "--steps 500": "--steps 1", "--count 100": "--count 6"}
 """The only changes to a command: fewer pictures and steps, so that nobody waits for them."""
 LESS_WORK = {
@@ -31,9 +34,9 @@ LESS_WORK = {
 }
 
 
-def commands() -> list[str]:
+def commands(page: Path) -> list[str]:
     """The lines of the fenced blocks that begin with bitgen, without their comments."""
-    blocks = re.findall(r"^```\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines = [line for line in lines if line.startswith("bitgen ")]
     return [re.sub(r"\s+# .*", "", line) for line in lines]
@@ -41,7 +44,7 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What the README takes for granted: captioned photos, COCO, tars, a prompt file with the line it quotes."""
+    """What the pages take for granted: captioned photos, COCO, tars, a prompt file with the line it quotes."""
     (tmp_path / "photos").mkdir()
     for number in range(4):
         Image.new("RGB", (80, 60), (60 * number, 90, 120)).save(tmp_path / "photos" / f"{number}.jpg")
@@ -64,17 +67,26 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_commands_of_the_readme_run(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = commands()
-    assert {line.split()[1] for line in found} == {
+def pages() -> list[Path]:
+    """Those that have commands."""
+    found = [README, *sorted((ROOT / "docs").glob("*.md"))]
+    return [page for page in found if page.name != GENERATED and commands(page)]
+
+
+def test_the_readme_shows_every_command() -> None:
+    assert {line.split()[1] for line in commands(README)} == {
         "sample", "tokenize", "train", "resume", "inspect-config", "finetune-subject", "gen-priors"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(
+    page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(folder)
     for name, value in (LESS_WORK | {"BITGEN_HOME": str(folder / "home")}).items():
         monkeypatch.setenv(name, value)
-    for line in found:
+    for line in commands(page):
         shorter = line
         for long, short in SMALLER.items():
             shorter = shorter.replace(long, short)
