@@ -106,7 +106,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.shape[1] >= CONVOLVED and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return F.conv2d(x.transpose(1, 2).unsqueeze(-1), weight[:, :, None, None], bias).squeeze(-1).transpose(1, 2)
     rows = x.flatten(0, 1)
-    filled = F.pad(rows, (0, 0, 0, max(0, ROWS - len(rows))))
+    filled = F.pad(rows, (0, 0, 0, ROWS - len(rows))) if len(rows) < ROWS else rows
     return torch.unflatten(F.linear(filled, weight, bias)[: len(rows)], 0, x.shape[:2])
 
 
