@@ -58,7 +58,8 @@ def widened(total: Tensor, channels: int) -> Tensor:
 
 def widened_positions(inputs: Tensor, channels: int) -> Tensor:
     """The same of what a transformer reads: (..., first channels) to (..., channels)."""
-    return F.pad(inputs, (0, channels - inputs.shape[-1]))
+    more = channels - inputs.shape[-1]
+    return F.pad(inputs, (0, more)) if more else inputs
 
 
 def logits_in_use(logits: Tensor, channels: int) -> Tensor:

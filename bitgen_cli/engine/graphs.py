@@ -103,7 +103,7 @@ class RecordedTransformer:
         """Of the transformer."""
         return self._transformer.depth
 
-    def __call__(self, inputs: Tensor, text: TextFeatures, schedule: Schedule) -> Tensor:
+    def __call__(self, inputs: Tensor, text: TextFeatures | Condition, schedule: Schedule) -> Tensor:
         """As of the transformer, not recorded."""
         logits: Tensor = self._transformer(inputs, text, schedule)
         return logits

@@ -19,7 +19,7 @@ from bitgen_cli.engine import pyramid
 from bitgen_cli.engine.active_bits import logits_in_use, widened_positions
 from bitgen_cli.engine.bits import to_grid, to_positions
 from bitgen_cli.engine.scales import Schedule
-from bitgen_cli.engine.transformer import Predictor, TextFeatures
+from bitgen_cli.engine.transformer import Condition, Predictor, TextFeatures
 
 SURE, SURE_OF_FINE = 3.0, 2.0
 """Difference of the logits against a bit, in the first round, from which it is turned over: a probability of 4.7 %, and
@@ -48,7 +48,7 @@ class Refined:
 @torch.inference_mode()
 def refine(
     transformer: Predictor,
-    text: TextFeatures,
+    text: TextFeatures | Condition,
     schedule: Schedule,
     bits: Sequence[Tensor],
     rounds: int,
@@ -62,7 +62,7 @@ def refine(
 
     Args:
         transformer: in evaluation mode.
-        text: B prompts; without guidance, which would double the work.
+        text: B prompts, or what the transformer has made of them; without guidance, which would double the work.
         schedule: scales of the pictures.
         bits: per scale (B, d, h, w) bool.
         rounds: at most so many times, 1 or more.
@@ -71,31 +71,50 @@ def refine(
             turned over, so that the sum stays near it. Bits that were drawn have none: they are what is meant, and
             quantised to their own sum they would only undo what has changed.
     """
-    now = list(bits)
-    turned = [torch.zeros_like(grid) for grid in bits]
+    cell = schedule.cell
+    start = _positions(bits, cell)
+    now, turned = start, torch.zeros_like(start)
+    may_change = None if where is None else _positions([_of_all(there, bits[0]) for there in where], cell)
+    sure = torch.full((schedule.positions, 1), SURE, device=start.device)
+    sure[schedule.slices[-1]] = SURE_OF_FINE
     before: Tensor | None = None
     for number in range(rounds):
         against = _against(transformer, text, schedule, now)
-        sure = [SURE + number * SURER] * (len(against) - 1) + [SURE_OF_FINE + number * SURER]
-        unlikely = [held > least for held, least in zip(against, sure, strict=True)]
-        if where is not None:
-            unlikely = [wrong & there for wrong, there in zip(unlikely, where, strict=True)]
+        unlikely = against > sure + number * SURER
+        unlikely = unlikely if may_change is None else unlikely & may_change
         before = _likelihood(against) if before is None else before
-        after = _likelihood([torch.where(wrong, -held, held) for wrong, held in zip(unlikely, against, strict=True)])
-        if not any(wrong.any() for wrong in unlikely):
+        after = _likelihood(torch.where(unlikely, -against, against))
+        if not unlikely.any():
             break
-        now = [grid ^ wrong for grid, wrong in zip(now, unlikely, strict=True)]
-        turned = [earlier | wrong for earlier, wrong in zip(turned, unlikely, strict=True)]
+        now, turned = now ^ unlikely, turned | unlikely
         if latent is not None:
-            now = _requantised(latent, schedule, now, turned)
-    changed = torch.stack([(a != b).flatten(1).sum(1) for a, b in zip(now, bits, strict=True)], dim=1)
+            grids = (_grids(positions, schedule) for positions in (now, turned))
+            now = _positions(_requantised(latent, schedule, *grids), cell)
+    found = _grids(now, schedule)
+    changed = torch.stack([(a != b).flatten(1).sum(1) for a, b in zip(found, bits, strict=True)], dim=1)
     assert before is not None
-    return Refined(now, changed, before, after)
+    return Refined(found, changed, before, after)
 
 
-def _likelihood(against: Sequence[Tensor]) -> Tensor:
-    """Mean log-likelihood (B,) of bits by what is held against them."""
-    return -torch.cat([F.softplus(scale).flatten(1) for scale in against], dim=1).mean(1)
+def _of_all(there: Tensor, like: Tensor) -> Tensor:
+    """Positions (1, 1, h, w) as bits (1, d, h, w) of as many channels."""
+    return there.expand(-1, like.shape[1], -1, -1)
+
+
+def _positions(grids: Sequence[Tensor], cell: int) -> Tensor:
+    """(B, L, K) of each scale's (B, d, h, w)."""
+    return torch.cat([to_positions(grid, cell) for grid in grids], dim=1)
+
+
+def _grids(positions: Tensor, schedule: Schedule) -> list[Tensor]:
+    """The inverse of `_positions`."""
+    places = zip(schedule.slices, schedule.sizes, strict=True)
+    return [to_grid(positions[:, at], size, schedule.cell) for at, size in places]
+
+
+def _likelihood(against: Tensor) -> Tensor:
+    """Mean log-likelihood (B,) of bits by what is held against them (B, L, K)."""
+    return -F.softplus(against).flatten(1).mean(1)
 
 
 def _requantised(latent: Tensor, schedule: Schedule, bits: Sequence[Tensor], turned: Sequence[Tensor]) -> list[Tensor]:
@@ -112,20 +131,14 @@ def _requantised(latent: Tensor, schedule: Schedule, bits: Sequence[Tensor], tur
 
 
 def _against(
-    transformer: Predictor, text: TextFeatures, schedule: Schedule, bits: Sequence[Tensor]
-) -> list[Tensor]:
-    """What the model holds against the bits: the logit of the other value minus that of this one.
-
-    Returns:
-        (B, d, h, w) float32 of each scale.
-    """
-    every, own = transformer.bits_per_position, bits[0].shape[1] * schedule.cell**2
-    seen = pyramid.inputs_from_bits(list(bits), schedule)
-    inputs = [widened_positions(to_positions(grid, schedule.cell), every) for grid in seen]
-    nothing = torch.zeros(bits[0].shape[0], 0, every, device=bits[0].device)
-    logits = logits_in_use(transformer(torch.cat([nothing, *inputs], dim=1), text, schedule), own)
+    transformer: Predictor, text: TextFeatures | Condition, schedule: Schedule, bits: Tensor
+) -> Tensor:
+    """What the model holds against bits (B, L, K): the logit of the other value minus that of this one, (B, L, K)."""
+    every = transformer.bits_per_position
+    seen = pyramid.inputs_from_bits(_grids(bits, schedule), schedule)
+    nothing = torch.zeros(len(bits), 0, bits.shape[-1], device=bits.device)
+    inputs = widened_positions(_positions(seen, schedule.cell) if seen else nothing, every)
+    logits = logits_in_use(transformer(inputs, text, schedule), bits.shape[-1])
     pairs = torch.unflatten(logits, -1, (-1, 2))
     of_one = pairs[..., 1] - pairs[..., 0]
-    places = zip(schedule.slices, schedule.sizes, strict=True)
-    grids = [to_grid(of_one[:, at], size, schedule.cell) for at, size in places]
-    return [torch.where(grid, -logit, logit) for grid, logit in zip(bits, grids, strict=True)]
+    return torch.where(bits, -of_one, of_one)

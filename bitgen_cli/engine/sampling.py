@@ -20,7 +20,7 @@ from bitgen_cli.engine.editing import Given
 from bitgen_cli.engine.refine import Refined, refine
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
-from bitgen_cli.engine.transformer import AfterBlock, Predictor, TextFeatures
+from bitgen_cli.engine.transformer import AfterBlock, Condition, Predictor, TextFeatures
 from bitgen_cli.errors import UsageError
 
 HOTTEST = 64.0
@@ -158,11 +158,13 @@ class Drawn:
         bits: per scale (B, d, h, w) bool.
         total: their quantised sum (B, d, H, W) float32.
         refined: what refinement has changed, where there was any.
+        condition: what became of the prompts, where refinement needs it.
     """
 
     bits: list[Tensor]
     total: Tensor
     refined: Refined | None = None
+    condition: Condition | None = None
 
 
 @torch.inference_mode()
@@ -245,7 +247,7 @@ def draw_bits(
         if on_scale is not None:
             on_scale(k)
     assert total is not None
-    return Drawn(grids, total)
+    return Drawn(grids, total, condition=condition.first(batch) if plan.refine else None)
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,8 @@ def generate(
     if plan.refine:
         where = given.drawn if given is not None and given.draws else None
         latent = given.latent if given is not None and where is None else None
-        refined = refine(transformer, text, schedule, drawn.bits, plan.refine, where=where, latent=latent)
+        prompts = drawn.condition or text
+        refined = refine(transformer, prompts, schedule, drawn.bits, plan.refine, where=where, latent=latent)
         drawn = Drawn(refined.bits, pyramid.decode(refined.bits, schedule), refined)
     dtype = next(tokenizer.parameters()).dtype
     # one at a time: convolutions of a batch round differently, and a picture must not depend on its company

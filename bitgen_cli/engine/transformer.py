@@ -96,7 +96,7 @@ class Predictor(Protocol):
     @property
     def depth(self) -> int: ...
 
-    def __call__(self, inputs: Tensor, text: TextFeatures, schedule: Schedule) -> Tensor: ...
+    def __call__(self, inputs: Tensor, text: TextFeatures | Condition, schedule: Schedule) -> Tensor: ...
 
     def null_features(self, lengths: Sequence[int]) -> TextFeatures: ...
 
@@ -201,29 +201,34 @@ class Transformer(nn.Module):
         return projected, pooled, modulation, head_modulation
 
     def forward(
-        self, inputs: Tensor, text: TextFeatures, schedule: Schedule, kept: Tensor | None = None
+        self, inputs: Tensor, text: TextFeatures | Condition, schedule: Schedule, kept: Tensor | None = None
     ) -> Tensor:
         """Logits of all scales for known coarser scales (teacher forcing).
 
         Args:
             inputs: (B, L - 1, K) what scales 1 and up see: the sum so far at their size (pyramid.next_input).
-            text: B prompts.
+            text: B prompts, or what `condition` has made of them.
             schedule: scales of the batch.
             kept: (depth, 3, B) factors of the residual branches (drop path); None keeps all as they are.
 
         Returns:
             (B, L, 2K): channels 2j and 2j + 1 are the logits of "bit j = 0" and "bit j = 1".
         """
-        projected, pooled, modulation, head_modulation = self._read(text)
-        mask = text.mask
+        texts: Sequence[Tensor | TextKV]
+        if isinstance(text, Condition):
+            pooled, modulation, head_modulation = text.pooled, text.modulation, text.head_modulation
+            texts, mask = text.text, None
+        else:
+            projected, pooled, modulation, head_modulation = self._read(text)
+            texts, mask = [projected] * len(self.blocks), text.mask
         counts = torch.tensor(schedule.counts, device=inputs.device)
         rows = self.scale_embedding.weight[: len(schedule)]
         scales = rows.repeat_interleave(counts, dim=0, output_size=schedule.positions)
         x = torch.cat((self._start(pooled), self.bit_embedding(inputs.to(self.dtype)).float()), dim=1) + scales
         rope = self.rope(schedule)
         branches = [None] * len(self.blocks) if kept is None else kept.unbind()
-        for block, factors in zip(self.in_turn(self.each_block), branches, strict=True):
-            seen = (x, modulation, projected, mask, rope, schedule.slices, factors)
+        for block, factors, prompts in zip(self.in_turn(self.each_block), branches, texts, strict=True):
+            seen = (x, modulation, prompts, mask, rope, schedule.slices, factors)
             if self.checkpoint_activations and self.training:
                 x = checkpoint(block, *seen, use_reentrant=False)
             else:

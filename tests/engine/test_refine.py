@@ -47,6 +47,23 @@ def damaged(bits: list[Tensor], share: float) -> list[Tensor]:
     return [grid ^ (torch.rand(grid.shape, generator=generator) < share * (k > 0)) for k, grid in enumerate(bits)]
 
 
+def test_one_scale_is_enough() -> None:
+    config = tiny.config(bits=4)
+    one = Schedule(1.0, ((1, 1),), (4, 4))
+    found = refine(tiny.transformer(config), tiny.text(2), one, [~tiny.random_bits(2, 4, one)[0]], 3)
+    assert found.changed.shape == (2, 1)
+
+
+def test_prompts_that_were_read_need_not_be_read_again(demo: Model, text: TextFeatures, scales: Schedule) -> None:
+    assert demo.transformer is not None
+    broken = damaged(drawn(demo, text, scales).bits, 0.1)
+    with torch.inference_mode():
+        condition = demo.transformer.condition(text)
+    own, other = (refine(demo.transformer, prompts, scales, broken, 2) for prompts in (text, condition))
+    assert all(map(torch.equal, own.bits, other.bits))
+    assert torch.equal(own.after, other.after)
+
+
 def test_damage_is_mended(demo: Model, text: TextFeatures, scales: Schedule) -> None:
     """Most of the damage to coarse scales goes, and the picture becomes likelier."""
     assert demo.transformer is not None
