@@ -312,7 +312,7 @@ def sample(
         int | None,
         _option(
             "N",
-            "After drawing, turn over the bits of coarse scales that the model finds unlikely, in up to N rounds.",
+            "Turn over the bits of the finished picture that the model finds unlikely, in up to N rounds.",
             _DRAWING,
             least=0,
             most=16,

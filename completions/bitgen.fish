@@ -26,7 +26,7 @@ complete -c bitgen -n '__fish_seen_subcommand_from sample' -l target-confidence 
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l top-k -r -f -d '1 takes the likelier value of every bit; 0 draws it'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l top-p -r -f -d 'Drop a bit\'s unlikelier value at a probability of at most 1 - P'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l fast -r -f -a '0 1 2 3' -d 'Less work on fine scales, 1 to 3: no guidance, and ever fewer positions predicted; 0 leaves nothing out'
-complete -c bitgen -n '__fish_seen_subcommand_from sample' -l refine -r -f -d 'After drawing, turn over the bits of coarse scales that the model finds unlikely, in up to N rounds'
+complete -c bitgen -n '__fish_seen_subcommand_from sample' -l refine -r -f -d 'Turn over the bits of the finished picture that the model finds unlikely, in up to N rounds'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l greedy -d 'Always the likelier value: the same as --top-k 1'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l negative-prompt -r -f -d 'What the guidance leads away from'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l aspect -r -f -d 'Shape of the picture, for example 16:9'
