@@ -9,6 +9,7 @@ import csv
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +364,7 @@ def _place_of(names: Iterable[str], root: Path) -> str | None:
     except OSError:
         below = []
     for place in [*below[:100], *above]:
-        if (place / name).is_file():
-            return f"--image-root {place} has them"
+        with suppress(OSError, ValueError):  # a name that no file can have
+            if (place / name).is_file():
+                return f"--image-root {place} has them"
     return None

@@ -32,12 +32,14 @@ from bitgen_cli.engine.vocabulary import (
     new_vocabulary,
 )
 from bitgen_cli.errors import BitgenError, InputError
-from bitgen_cli.files import explain, sha256
+from bitgen_cli.files import explain, read_json, sha256
 from bitgen_cli.report import Report, Silent
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
+MOST_LAYERS = 1000
+"""Of a text encoder."""
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _VOCABULARIES = (VOCABULARY_FILE, SENTENCE_PIECE)
 """Names of an encoder's files, the first that are there."""
@@ -173,6 +175,16 @@ def new_text_encoder(config: TextEncoderConfig, captions: Iterable[str], max_len
     return TextEncoder(model, vocabulary, max_length)
 
 
+def _check_layers(folder: Path) -> None:
+    """Raises InputError where a T5's config.json names more layers than any has: they would be built one by one."""
+    file = folder / "config.json"
+    stored = read_json(file) if file.is_file() else {}
+    layers = stored.get("num_layers", 0) if isinstance(stored, dict) else 0
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise InputError(f"{file}: no text encoder has so many layers, more than {MOST_LAYERS}")
+
+
+
 def load_text_encoder(
     source: str, max_length: int, device: torch.device, dtype: torch.dtype, report: Report | None = None
 ) -> TextEncoder:
@@ -195,6 +207,7 @@ def load_text_encoder(
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     folder = text_folder(source, report)
+    _check_layers(folder)
     try:
         model = T5EncoderModel.from_pretrained(folder, dtype=dtype, use_safetensors=Path(source).is_dir() or None)
         vocabulary = load_vocabulary(folder)

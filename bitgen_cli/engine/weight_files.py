@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,7 +205,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(
             f"{file} holds other things than tensors, or is damaged; they are not opened", "save the state dict alone"
         ) from error
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, AssertionError, struct.error) as error:
         # of torch's reader: the byte or the place that it stumbled over
         raise InputError(f"{file} is not a readable file of weights: torch did not write it") from error
     except (RuntimeError, EOFError, ValueError, TypeError, AttributeError) as error:

@@ -47,6 +47,15 @@ REFUSED = {
     "half a character in --set": ("override", lambda seed: b"name\xff=1"),
     "data that is no text": ("resume", lambda seed: _changed(seed, "data", to=0.5)),
     "a text encoder of another type": ("text encoder", lambda seed: _changed(seed, "num_heads", to="-0")),
+    "a text encoder of more layers than there is time for": (
+        "text encoder",
+        lambda seed: _changed(seed, "num_layers", to=2**64),
+    ),
+    "weights that end within a number": ("weights.pth", lambda seed: b"\x80\x02X\x01"),
+    "names that no file can have": (
+        "metadata.jsonl",
+        lambda seed: json.dumps({"file_name": "x" * 5000, "text": "a"}).encode(),
+    ),
     "a vocabulary that cannot say what it does not know": (
         "vocabulary",
         lambda seed: _changed(seed, "model", "unk_token", to="<un>"),
