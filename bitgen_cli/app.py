@@ -388,7 +388,7 @@ def sample(
     offload: Annotated[
         str,
         _option(
-            "HOW",
+            "MODE",
             "auto: what does not fit into a GPU's memory waits in the CPU's; none: all is on the GPU; "
             "cpu: all that can waits. The pictures are the same but for rounding.",
             _COMPUTING,

@@ -45,7 +45,7 @@ complete -c bitgen -n '__fish_seen_subcommand_from sample' -l json -d 'Print one
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l batch-size -r -f -d 'Pictures drawn at once, by itself up to 8 if they fit; no influence on them'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l device -r -f -a 'auto cpu cuda mps' -d 'auto, cpu, cuda, cuda:N or mps'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l dtype -r -f -a 'auto fp32 bf16 fp16' -d 'auto, fp32, bf16 or fp16'
-complete -c bitgen -n '__fish_seen_subcommand_from sample' -l offload -r -f -a 'print run' -d 'auto: what does not fit into a GPU\'s memory waits in the CPU\'s; none: all is on the GPU; cpu: all that can waits. The pictures are the same but for rounding'
+complete -c bitgen -n '__fish_seen_subcommand_from sample' -l offload -r -f -a 'auto none cpu' -d 'auto: what does not fit into a GPU\'s memory waits in the CPU\'s; none: all is on the GPU; cpu: all that can waits. The pictures are the same but for rounding'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l compile -d 'Record a GPU\'s work and play it back: sooner from a third similar picture on'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l text-dtype -r -f -a 'auto fp32 bf16 int8' -d 'Of the text encoder: auto, fp32, bf16, or int8, which takes the least memory'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l no-text-cache -d 'Read prompts anew: do not take text features from disk, nor keep them'
