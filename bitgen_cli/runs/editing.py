@@ -49,14 +49,14 @@ def load_original(options: SampleOptions, recipe: Recipe | None, report: Report)
         UsageError: options that do not go together, or a model or subject that the user has not by that name.
     """
     if options.original is None:
-        for flag, value in (("--mask", options.mask), ("--keep-scales", options.keep_scales)):
-            if value is not None and recipe is None:
-                raise UsageError(f"{flag} says what of a picture stays", "--from PICTURE says of which")
         if recipe is not None and recipe.original is not None:
             raise UsageError(
                 f"the recipe's picture was made of another one, {recipe.original.name[:60]!r}",
                 "--from FILE says where it is",
             )
+        for flag, value in (("--mask", options.mask), ("--keep-scales", options.keep_scales)):
+            if value is not None:
+                raise UsageError(f"{flag} says what of a picture stays", "--from PICTURE says of which")
         return options
     original = read_original(Path(options.original))
     require_prompt(original, bool(options.prompts or options.prompts_file))
@@ -64,8 +64,7 @@ def load_original(options: SampleOptions, recipe: Recipe | None, report: Report)
     edit = Edit(original, mask, options.keep_scales or 0)
     if recipe is None and original.recipe is not None:
         seed = options.seed
-        options = recalled(options, forgetting(original.recipe), report)
-        options = replace(options, seed=seed) if edit.draws else options
+        options = replace(recalled(options, forgetting(original.recipe), report), seed=seed)
     elif recipe is None:
         options = replace(options, remembered=Remembered(None, original.image.height / original.image.width))
     return replace(options, edit=edit)

@@ -169,7 +169,8 @@ def jobs_of(options: SampleOptions, model: Model, reader: PromptReader, known: S
     layers = [sampling.cfg_layer] if isinstance(sampling.cfg_layer, int) else sampling.cfg_layer
     if max(layers) > depth:
         raise UsageError(f"cfg_layer {max(layers)} is more than the model's {depth} blocks")
-    seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    edit = with_keep_scales(options.edit, options.keep_scales)
+    seed = _new_seed(edit) if options.seed is None else options.seed
     if not -(2**63) <= seed <= 2**64 - options.num_images:
         raise UsageError(f"a seed has at most 64 bits, which {seed} has not")
     asked = [_worn(text) for text in options.subjects]
@@ -180,7 +181,6 @@ def jobs_of(options: SampleOptions, model: Model, reader: PromptReader, known: S
         prompt, model, reader, known, asked, options.negative_prompt
     )
     bits = bits_in_use(model.config.tokenizer, options.bits)
-    edit = with_keep_scales(options.edit, options.keep_scales)
     job = Job(
         prompt,
         options.negative_prompt,
@@ -202,6 +202,13 @@ def jobs_of(options: SampleOptions, model: Model, reader: PromptReader, known: S
             pictures=options.num_images,
         )
     return [replace(job, seed=seed + k) for k in range(options.num_images)]
+
+
+def _new_seed(edit: Edit | None) -> int:
+    """A seed drawn at random; of a picture of which no bit is drawn its own one, where that is known."""
+    if edit is not None and not edit.draws and edit.original.recipe is not None:
+        return edit.original.recipe.seed
+    return secrets.randbelow(2**32)
 
 
 def where_drawn(job: Job, patch_size: int) -> list[Tensor]:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from bitgen_cli.engine.bits import pack, to_grid, to_positions, unpack
+from bitgen_cli.engine.captions import printable
 from bitgen_cli.engine.data import load_mask, load_picture, to_tensor
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.errors import InputError, UsageError
@@ -104,7 +105,7 @@ class Edit:
         original = self.original
         return {
             "original": {
-                "name": original.file.name[:200],
+                "name": printable(original.file.name)[:200],
                 "sha256": original.sha256,
                 "bits": original.found[key].how,
             },
@@ -169,7 +170,7 @@ def check_edit(edit: Edit, schedule: Schedule, where: Sequence[Tensor], *, refin
         refine: rounds of refinement.
         pictures: how many of them.
     """
-    if edit.keep_scales >= len(schedule):
+    if not 0 <= edit.keep_scales < len(schedule):
         raise UsageError(
             f"--keep-scales {edit.keep_scales}: the model has {len(schedule)} scales, of which one at least must be "
             "drawn"
@@ -224,5 +225,11 @@ def packed(bits: Sequence[Tensor]) -> bytes:
 
 
 def with_keep_scales(edit: Edit | None, keep_scales: int | None) -> Edit | None:
-    """The edit with that many first scales kept."""
+    """The edit with that many first scales kept.
+
+    Raises:
+        UsageError: there is no picture whose scales they could be.
+    """
+    if edit is None and keep_scales is not None:
+        raise UsageError("keep_scales says what of a picture stays", "--from PICTURE says of which")
     return None if edit is None else replace(edit, keep_scales=keep_scales or 0)

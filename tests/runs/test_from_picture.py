@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,28 @@ def test_a_prompt_file_of_variations(tiny: Path) -> None:
     assert again.kept == 2
     other = run(original="a.png", keep_scales=1, prompts_file="lines.jsonl", output="out/")
     assert (other.kept, len(other.pictures)) == (1, 1), "the line that says it itself is there"
+    assert run(prompts_file="lines.jsonl", output="new/", model=str(tiny)).failures[0].line == 1, "of what they stay"
+
+
+def test_every_line_of_variations_has_a_seed_of_its_own(tiny: Path) -> None:
+    first(tiny)
+    Path("lines.jsonl").write_text(f'{{"prompt": "{PROMPT}", "keep_scales": 1}}\n' * 2 + PROMPT)
+    seeds = [one.seed for one in run(original="a.png", refine=1, prompts_file="lines.jsonl", output="out/").pictures]
+    assert len(set(seeds)) == 3
+    assert seeds[2] == 1, "which refines alone"
+
+
+def test_the_same_call_goes_on_and_another_picture_or_mask_is_drawn(tiny: Path) -> None:
+    first(tiny)
+    Path("lines.txt").write_text("a cat\na dog\n")
+    white_box((0, 0, 16, 9))
+    call = {"original": "a.png", "prompts_file": "lines.txt", "output": "out/", "mask": "mask.png"}
+    assert [run(**call).kept for _ in range(2)] == [0, 2]
+    white_box((0, 0, 16, 12))
+    assert run(**call).kept == 0
+    assert run(**call | {"mask": "0,0,16,12"}).kept == 0
+    first(tiny, overwrite=True, top_p=0.7)
+    assert [run(**call).kept for _ in range(2)] == [0, 2]
 
 
 def test_photos_of_other_shapes(tiny: Path) -> None:
@@ -238,16 +261,29 @@ def test_photos_of_other_shapes(tiny: Path) -> None:
     assert (upright.recipe["width"], upright.recipe["height"]) == (8, 16)
 
 
+def test_a_name_that_is_no_text_is_written_as_well_as_can_be(tiny: Path) -> None:
+    first(tiny)
+    name = os.fsdecode(b"a\xff.png")
+    shutil.copy("a.png", name)
+    assert draw(original=name, keep_scales=2, output="b.png").recipe["original"]["name"] == r"a\xff.png"
+    assert read_recipe(Path("b.png")).original is not None
+
+
 def test_what_cannot_be_is_said(tiny: Path) -> None:
     first(tiny)
     with pytest.raises(UsageError, match="--mask says what of a picture stays"):
         run(prompts=(PROMPT,), mask="0,0,4,4")
     with pytest.raises(UsageError, match="--keep-scales says"):
         run(prompts=(PROMPT,), keep_scales=1)
+    with pytest.raises(UsageError, match="--mask says what"):
+        run(recipe="a.png", mask="0,0,4,4")
+    with pytest.raises(UsageError, match="--keep-scales says"):
+        run(recipe="a.png", keep_scales=1)
     with pytest.raises(UsageError, match="say what to do with it"):
         run(original="a.png")
-    with pytest.raises(UsageError, match="3 scales"):
-        run(original="a.png", keep_scales=3)
+    for keep in (3, -1):
+        with pytest.raises(UsageError, match="3 scales"):
+            run(original="a.png", mask="0,0,16,8", keep_scales=keep)
     for mask in ("8,8,9,8", "0,0,0,4", "16,0,1,1"):
         with pytest.raises(UsageError, match="not within the 16x16 pixels"):
             run(original="a.png", mask=mask)
