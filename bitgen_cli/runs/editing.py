@@ -21,6 +21,7 @@ from bitgen_cli.engine.editing import Given
 from bitgen_cli.engine.model_folder import load_model
 from bitgen_cli.errors import BitgenError, InputError, UsageError
 from bitgen_cli.report import Report, Silent
+from bitgen_cli.runs.carried_bits import unpacked
 from bitgen_cli.runs.drawing import Picture, Setting
 from bitgen_cli.runs.jobs import Job, Remembered, SampleOptions, jobs_of, where_drawn
 from bitgen_cli.runs.original import (
@@ -30,7 +31,6 @@ from bitgen_cli.runs.original import (
     read_mask,
     read_original,
     require_prompt,
-    unpacked,
 )
 from bitgen_cli.runs.recipe_file import Recipe
 from bitgen_cli.runs.reproduce import recalled
@@ -99,9 +99,10 @@ def take_carried(job: Job, setting: Setting, report: Report) -> None:
     if (original.image.height, original.image.width) != size or original.recipe.bits != job.bits:
         return
     try:
-        original.found[job.kind] = FoundBits(unpacked(original.carried, job.schedule, job.bits), "carried")
+        bits = unpacked(original.carried, original.image, job.schedule, job.bits)
+        original.found[job.kind] = FoundBits(bits, "carried")
     except InputError as error:
-        report.notice(f"{original.file} carries bits that are none of this model: {error}")
+        report.notice(f"the bits that {original.file} carries are left alone: {error}")
 
 
 def take_drawn(job: Job, again: Picture, report: Report) -> None:

@@ -11,15 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from bitgen_cli.engine.bits import pack, to_grid, to_positions, unpack
 from bitgen_cli.engine.captions import printable
 from bitgen_cli.engine.data import load_mask, load_picture, to_tensor
 from bitgen_cli.engine.scales import Schedule
-from bitgen_cli.errors import InputError, UsageError
+from bitgen_cli.errors import UsageError
 from bitgen_cli.files import sha256
 from bitgen_cli.runs.recipe_file import Recipe, carried_bits, has_recipe, read_recipe
 
@@ -201,27 +199,6 @@ def forgetting(recipe: Recipe) -> Recipe:
     """A recipe without what was done to another picture for it, and with nothing more to refine."""
     sampling = recipe.sampling.model_copy(update={"refine": 0})
     return recipe.model_copy(update={"sampling": sampling, "original": None, "mask": None, "keep_scales": None})
-
-
-def unpacked(content: bytes, schedule: Schedule, bits: int) -> list[Tensor]:
-    """Bits per scale (1, d, h, w) of what a picture carries.
-
-    Raises:
-        InputError: it has another length.
-    """
-    width = -(-bits // 8)
-    sizes = schedule.latent_sizes
-    positions = sum(h * w for h, w in sizes)
-    if len(content) != positions * width:
-        raise InputError(f"{len(content)} bytes of bits, not {positions * width}")
-    rows = unpack(torch.frombuffer(bytearray(content), dtype=torch.uint8).view(1, positions, width), bits)
-    parts = torch.split(rows, [h * w for h, w in sizes], dim=1)
-    return [to_grid(part, size).contiguous() for part, size in zip(parts, sizes, strict=True)]
-
-
-def packed(bits: Sequence[Tensor]) -> bytes:
-    """Bits per scale (d, h, w) as a picture carries them: bytes of each latent position, coarse scales first."""
-    return pack(torch.cat([to_positions(grid[None]) for grid in bits], dim=1)).cpu().numpy().tobytes()
 
 
 def with_keep_scales(edit: Edit | None, keep_scales: int | None) -> Edit | None:

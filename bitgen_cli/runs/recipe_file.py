@@ -23,7 +23,7 @@ from bitgen_cli.files import explain
 RECIPE = "bitgen"
 """Text chunk of a PNG that holds its recipe as JSON."""
 BITS = "bitgen-bits"
-"""Text chunk of a PNG that holds its bits in base64 (original.packed)."""
+"""Text chunk of a PNG that holds its bits in base64 (carried_bits.packed)."""
 LARGEST = 1 << 20
 """Bytes of a recipe in a file of its own; Pillow has the same bound for one in a picture."""
 

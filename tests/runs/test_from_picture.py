@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from tiny_model import photos, save
 
@@ -20,8 +20,9 @@ from bitgen_cli.engine.model_folder import load_model
 from bitgen_cli.engine.scales import schedule
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Silent
+from bitgen_cli.runs.carried_bits import DIGEST, packed
 from bitgen_cli.runs.jobs import SampleOptions
-from bitgen_cli.runs.original import packed, read_mask, read_original
+from bitgen_cli.runs.original import read_mask, read_original
 from bitgen_cli.runs.recipe_file import BITS, RECIPE, carried_bits, picture_recipe, read_recipe
 from bitgen_cli.runs.sample import SampledPicture, SampleResult, sample
 
@@ -60,6 +61,11 @@ def pixels(file: str | Path) -> np.ndarray[Any, Any]:
         return np.asarray(image).astype(int)
 
 
+def bits_in(file: Path) -> bytes | None:
+    content = carried_bits(file)
+    return content and content[DIGEST:]
+
+
 def white_box(box: tuple[int, int, int, int], name: str = "mask.png", size: tuple[int, int] = (16, 16)) -> str:
     mask = Image.new("L", size)
     mask.paste(255, box)
@@ -89,14 +95,14 @@ def test_bits_are_those_of_the_picture(tiny: Path, how: str) -> None:
 def test_a_tokenized_photo_is_what_tokenize_makes_of_it(tiny: Path) -> None:
     photo = photos(Path("photos"), 1, 40) / "0.png"
     made = draw(prompts=("a dog",), model=str(tiny), original=str(photo), mask="0,0,40,9", output="b.png")
-    carried, model = carried_bits(made.path), load_model(tiny)
+    carried, model = bits_in(made.path), load_model(tiny)
     assert carried is not None
     assert model.tokenizer is not None
     of = schedule(model.config.scales, patchify=False)
     with torch.inference_mode():
         image = to_float(to_tensor(read_original(photo).image, (16, 16)))
         bits, _ = model.tokenizer.encode(image[None], of)
-    expected = packed([grid[0] for grid in bits])
+    expected = packed([grid[0] for grid in bits], Image.new("RGB", (1, 1)))[DIGEST:]
     assert len(expected) == len(carried)
     assert carried[9:] == expected[9:], "a byte a position; the first of the last scale's four rows is drawn"
 
@@ -114,9 +120,9 @@ def test_the_recipe_is_gone_on_from_with_another_seed(tiny: Path) -> None:
 def test_what_is_kept_is_kept(tiny: Path) -> None:
     """Of the first scales, and outside a mask: bits to the last one, whatever the prompt."""
     first(tiny, embed_bits=True)
-    old = carried_bits(Path("a.png"))
+    old = bits_in(Path("a.png"))
     draw(prompts=("a cat",), original="a.png", keep_scales=2, output="b.png")
-    new = carried_bits(Path("b.png"))
+    new = bits_in(Path("b.png"))
     assert old is not None
     assert new is not None
     assert len(old) == len(new) == 1 + 4 + 16
@@ -124,7 +130,7 @@ def test_what_is_kept_is_kept(tiny: Path) -> None:
     assert old[5:] != new[5:]
     for mask in ("0,0,16,4", white_box((0, 0, 16, 4))):
         draw(prompts=("a cat on the beach",), original="a.png", mask=mask, output="c.png", overwrite=True)
-        new = carried_bits(Path("c.png"))
+        new = bits_in(Path("c.png"))
         assert new is not None
         assert old[:5] == new[:5], "coarse codes reach below the mask"
         assert old[5:9] != new[5:9]
@@ -143,9 +149,9 @@ def test_pictures_do_not_hang_on_the_batch(tiny: Path) -> None:
 
 def test_refining_alone_draws_nothing(tiny: Path) -> None:
     first(tiny, tau="3", embed_bits=True)
-    old = carried_bits(Path("a.png"))
+    old = bits_in(Path("a.png"))
     found = draw(original="a.png", refine=3, output="b.png")
-    new = carried_bits(Path("b.png"))
+    new = bits_in(Path("b.png"))
     changed = found.recipe["refined"]["bits_changed"]
     assert old is not None
     assert new is not None
@@ -165,9 +171,9 @@ def test_a_picture_that_was_refined_is_not_refined_again_by_itself(tiny: Path) -
 
 def test_under_a_mask_refinement_leaves_the_rest_alone(tiny: Path) -> None:
     first(tiny, tau="3", embed_bits=True)
-    old = carried_bits(Path("a.png"))
+    old = bits_in(Path("a.png"))
     draw(original="a.png", mask="0,0,16,8", refine=3, output="b.png")
-    new = carried_bits(Path("b.png"))
+    new = bits_in(Path("b.png"))
     assert old is not None
     assert new is not None
     assert old[:1] == new[:1]
@@ -200,7 +206,7 @@ def test_an_edit_goes_on_from_its_bits(tiny: Path) -> None:
     draw(prompts=("a cat",), original="a.png", mask="0,0,16,8", output="b.png")
     assert draw(original="b.png", keep_scales=2, output="c.png").recipe["original"]["bits"] == "carried"
     draw(prompts=("a cat",), original="a.png", mask="0,0,16,8", output="d.png", metadata=False)
-    assert carried_bits(Path("d.png")) is None
+    assert bits_in(Path("d.png")) is None
     report = Silent()
     draw(report, prompts=("a dog",), model=str(tiny), original="d.png", keep_scales=2, output="e.png")
     assert report.notices
@@ -312,6 +318,20 @@ def test_masks_that_are_none(tiny: Path) -> None:
             read_mask(name, original)
     Image.new("RGBA", (16, 16), (255, 255, 255, 255)).save("opaque.png")
     assert read_mask("opaque.png", original).pixels((16, 16)).all()
+
+
+def test_a_picture_that_another_program_has_changed_is_another_one(tiny: Path) -> None:
+    """Some keep all texts in a file whose pixels they change."""
+    first(tiny, embed_bits=True)
+    with Image.open("a.png") as image:
+        info = PngInfo()
+        for key, text in image.text.items():  # type: ignore[attr-defined]
+            info.add_itxt(key, text)
+        ImageOps.invert(image.convert("RGB")).save("b.png", pnginfo=info)
+    report = Silent()
+    found = draw(report, original="b.png", keep_scales=2, output="c.png")
+    assert found.recipe["original"]["bits"] == "tokenized"
+    assert "changed since" in report.notices[0]
 
 
 @pytest.mark.parametrize("text", ["", "!!!", "QUJD", "A" * 400, "bitgen \u00e9"])
