@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitgen_cli.engine import pyramid
 from bitgen_cli.engine.codec import Codec
-from bitgen_cli.engine.data import to_tensor
+from bitgen_cli.engine.data import covering, to_tensor
 from bitgen_cli.engine.device import give_back
 from bitgen_cli.engine.editing import Given
 from bitgen_cli.engine.model_folder import load_model
@@ -126,15 +126,28 @@ def _tokenize(job: Job, setting: Setting, report: Report) -> None:
     assert job.edit is not None
     original = job.edit.original
     height, width = job.schedule.pixels(setting.model.config.tokenizer.patch_size)
-    tokenizer = load_model(setting.model.folder, device=setting.device, parts=("tokenizer",)).tokenizer
-    assert tokenizer is not None
-    pixels = to_tensor(original.image, (height, width))
-    latent = Codec(tokenizer, job.bits, setting.device, setting.dtype).latent(pixels[None]).cpu()
+    pixels = to_tensor(original.image, (height, width))[None]
+    try:
+        latent = _latent(pixels, job.bits, setting, setting.device, setting.dtype)
+    except torch.OutOfMemoryError:
+        give_back(setting.device)
+        latent = _latent(pixels, job.bits, setting, torch.device("cpu"), torch.float32)
     bits, _ = pyramid.encode(latent, job.schedule)
     original.found[job.kind] = FoundBits(bits, "tokenized", latent)
-    report.notice(f"{original.file} is tokenized at {width}x{height}: what the tokenizer cannot show is lost")
+    scaled = covering(original.image.size, (height, width))
+    lost = 1 - height * width / (scaled[0] * scaled[1])
+    cut = f" without {lost:.0%} of it, cut off at the sides" if lost >= 0.01 else ""
+    report.notice(f"{original.file} is tokenized at {width}x{height}{cut}: what the tokenizer cannot show is lost")
+
+
+def _latent(pixels: Tensor, bits: int, setting: Setting, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(1, bits, H, W) float32 on the CPU of a picture (1, 3, h, w) uint8; the tokenizer is gone when it is there."""
+    tokenizer = load_model(setting.model.folder, device=device, parts=("tokenizer",)).tokenizer
+    assert tokenizer is not None
+    latent = Codec(tokenizer, bits, device, dtype).latent(pixels).cpu()
     del tokenizer
-    give_back(setting.device)
+    give_back(device)
+    return latent
 
 
 def given_of(job: Job, pictures: int, setting: Setting) -> Given | None:

@@ -422,4 +422,4 @@ def _tell_refined(refined: Sequence[dict[str, Any]], report: Report) -> None:
         return
     changed = sum(sum(one["bits_changed"]) for one in refined)
     before, after = (sum(one["log_likelihood"][at] for one in refined) / len(refined) for at in (0, 1))
-    report.notice(f"refined: {changed} bits changed; log-likelihood of a coarse bit {before:.3f}, now {after:.3f}")
+    report.notice(f"refined: {changed} bits changed; log-likelihood of a bit {before:.3f}, now {after:.3f}")

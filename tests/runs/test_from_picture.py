@@ -14,7 +14,9 @@ import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from tiny_model import photos, save
+from torch import Tensor
 
+from bitgen_cli.engine.codec import Codec
 from bitgen_cli.engine.data import to_float, to_tensor
 from bitgen_cli.engine.model_folder import load_model
 from bitgen_cli.engine.scales import schedule
@@ -105,6 +107,26 @@ def test_a_tokenized_photo_is_what_tokenize_makes_of_it(tiny: Path) -> None:
     expected = packed([grid[0] for grid in bits], Image.new("RGB", (1, 1)))[DIGEST:]
     assert len(expected) == len(carried)
     assert carried[9:] == expected[9:], "a byte a position; the first of the last scale's four rows is drawn"
+
+
+def test_a_photo_for_which_a_gpu_has_no_room_is_tokenized_on_the_cpu(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = {"prompts": ("a dog",), "model": str(tiny), "mask": "0,0,40,9", "seed": 3}
+    call["original"] = str(photos(Path("photos"), 1, 40) / "0.png")
+    expected = draw(**call, output="a.png")
+    latent, tried = Codec.latent, []
+
+    def scarce(codec: Codec, pixels: Tensor) -> Tensor:
+        tried.append(codec.dtype)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("full")
+        return latent(codec, pixels)
+
+    monkeypatch.setattr(Codec, "latent", scarce)
+    found = draw(**call, output="b.png")
+    assert len(tried) == 2
+    assert np.array_equal(pixels(expected.path), pixels(found.path))
 
 
 def test_the_recipe_is_gone_on_from_with_another_seed(tiny: Path) -> None:
@@ -260,7 +282,9 @@ def test_photos_of_other_shapes(tiny: Path) -> None:
     Image.effect_noise((44, 80), 90).convert("RGB").save("tall.png")
     tall = draw(prompts=("a dog",), model=str(tiny), original="tall.png", keep_scales=1, output="b.png")
     assert (tall.recipe["width"], tall.recipe["height"]) == (8, 16)
-    wide = draw(prompts=("a dog",), model=str(tiny), original="wide.png", keep_scales=1, output="c.png")
+    report = Silent()
+    wide = draw(report, prompts=("a dog",), model=str(tiny), original="wide.png", keep_scales=1, output="c.png")
+    assert "tokenized at 16x16 without 45% of it" in report.notices[0]
     assert wide.recipe["width"] == wide.recipe["height"]
     crop = {"original": "wide.png", "aspect": "1:2", "keep_scales": 1}
     upright = draw(prompts=("a dog",), model=str(tiny), output="d.png", **crop)
