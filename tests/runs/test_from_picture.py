@@ -24,7 +24,7 @@ from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.carried_bits import DIGEST, packed
 from bitgen_cli.runs.jobs import SampleOptions
-from bitgen_cli.runs.original import read_mask, read_original
+from bitgen_cli.runs.original import Mask, read_mask, read_original
 from bitgen_cli.runs.recipe_file import BITS, RECIPE, carried_bits, picture_recipe, read_recipe
 from bitgen_cli.runs.sample import SampledPicture, SampleResult, sample
 
@@ -275,6 +275,21 @@ def test_the_same_call_goes_on_and_another_picture_or_mask_is_drawn(tiny: Path) 
     assert run(**call | {"mask": "0,0,16,12"}).kept == 0
     first(tiny, overwrite=True, top_p=0.7)
     assert [run(**call).kept for _ in range(2)] == [0, 2]
+
+
+def test_a_mask_is_shrunk_once_for_all_lines(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first(tiny)
+    pixels_of, sizes = Mask.pixels, []
+
+    def counted(mask: Mask, size: tuple[int, int]) -> Tensor:
+        sizes.append(size)
+        return pixels_of(mask, size)
+
+    monkeypatch.setattr(Mask, "pixels", counted)
+    Path("lines.jsonl").write_text("a cat\na dog\n" + '{"prompt": "a boat", "aspect": "1:2"}\n')
+    result = run(original="a.png", mask="0,0,16,9", prompts_file="lines.jsonl", output="out/", batch_size=1)
+    assert len(result.pictures) == 3
+    assert sorted(sizes) == [(16, 8), (16, 16)]
 
 
 def test_photos_of_other_shapes(tiny: Path) -> None:
