@@ -240,7 +240,8 @@ def sample(
         str | None,
         _option(
             "PICTURE",
-            "Go on from a picture: one made by bitgen, or a photo. Say how with --mask, --keep-scales or --refine.",
+            "Go on from a picture: one made by bitgen, or a photo; - reads it from stdin. Say how with --mask, "
+            "--keep-scales or --refine.",
             names=("--from",),
         ),
     ] = None,

@@ -15,7 +15,7 @@ complete -c bitgen -n '__fish_seen_subcommand_from sample' -l model -r -F -a 'de
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l num-images -s n -r -f -d 'Pictures per prompt'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l prompts -r -F -d 'Prompts from a file, one a line, or JSON lines with options of their own; - reads stdin. Called again it goes on'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l recipe -r -F -d 'Draw a picture again: a PNG made by bitgen, or its recipe as JSON. Other options win'
-complete -c bitgen -n '__fish_seen_subcommand_from sample' -l from -r -F -d 'Go on from a picture: one made by bitgen, or a photo. Say how with --mask, --keep-scales or --refine'
+complete -c bitgen -n '__fish_seen_subcommand_from sample' -l from -r -F -d 'Go on from a picture: one made by bitgen, or a photo; - reads it from stdin. Say how with --mask, --keep-scales or --refine'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l seed -r -f -d 'Same seed, same picture; without one it is drawn and told'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l mask -r -F -d 'With --from: draw a part anew and keep the rest; X,Y,WIDTH,HEIGHT in its pixels, or a picture of its size that is white there'
 complete -c bitgen -n '__fish_seen_subcommand_from sample' -l keep-scales -r -f -d 'With --from: keep the first K scales and draw finer ones anew'

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from bitgen_cli.errors import UsageError
 from bitgen_cli.report import Report
 from bitgen_cli.runs.jobs import Remembered, SampleOptions
-from bitgen_cli.runs.original import Edit, forgetting, read_mask, read_original, require_prompt
+from bitgen_cli.runs.original import STDIN, Edit, forgetting, read_mask, read_original, require_prompt
 from bitgen_cli.runs.recipe_file import Recipe
 from bitgen_cli.runs.reproduce import recalled
 
@@ -35,7 +34,9 @@ def load_original(options: SampleOptions, recipe: Recipe | None, report: Report)
             if value is not None:
                 raise UsageError(f"{flag} says what of a picture stays", "--from PICTURE says of which")
         return options
-    original = read_original(Path(options.original))
+    if options.original == STDIN == options.prompts_file:
+        raise UsageError("--from and --prompts cannot both read stdin", "give one of them as a file")
+    original = read_original(options.original)
     require_prompt(original, bool(options.prompts or options.prompts_file))
     mask = None if options.mask is None else read_mask(options.mask, original)
     edit = Edit(original, mask, options.keep_scales or 0)

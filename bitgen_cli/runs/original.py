@@ -5,8 +5,11 @@ Both may come from strangers: they are pictures, and what they carry is checked 
 
 from __future__ import annotations
 
+import hashlib
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from bitgen_cli.engine.captions import printable
-from bitgen_cli.engine.data import load_mask, load_picture, to_tensor
+from bitgen_cli.engine.data import decode_picture, load_mask, picture_content, to_tensor
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.errors import UsageError
-from bitgen_cli.files import sha256
-from bitgen_cli.runs.recipe_file import Recipe, carried_bits, has_recipe, read_recipe
+from bitgen_cli.files import explain, sha256
+from bitgen_cli.runs.recipe_file import Recipe, carried
 
+STDIN = "-"
+"""As --from: the picture comes from there."""
 WHITE = 128
 """Of a mask, what is at least so bright of 255 is drawn anew."""
 _BOX = re.compile(r"\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*")
@@ -112,15 +117,24 @@ class Edit:
         }
 
 
-def read_original(file: Path) -> Original:
-    """The picture with what it carries.
+def read_original(source: str) -> Original:
+    """The picture with what it carries; read once, as it may be a stream.
+
+    Args:
+        source: a file, or STDIN.
 
     Raises:
         InputError: it cannot be read, or carries what no recipe is.
     """
-    image = load_picture(file)
-    recipe = read_recipe(file) if has_recipe(file) else None
-    return Original(file, sha256(file), image, recipe, None if recipe is None else carried_bits(file))
+    file = Path("standard input" if source == STDIN else source)
+    try:
+        with nullcontext(sys.stdin.buffer) if source == STDIN else file.open("rb") as stream:
+            content = picture_content(stream, str(file))
+    except OSError as error:
+        raise explain(error, file, "read") from error
+    image = decode_picture(content, str(file))
+    recipe, bits = carried(content, str(file))
+    return Original(file, hashlib.sha256(content).hexdigest(), image, recipe, bits)
 
 
 def read_mask(text: str, original: Original) -> Mask:
@@ -147,6 +161,8 @@ def read_mask(text: str, original: Original) -> Mask:
         image.paste(255, (x, y, x + w, y + h))
         return Mask(image, {"box": [x, y, w, h]})
     file = Path(text)
+    if text.count(",") == 3 and not file.exists():
+        raise UsageError(f"--mask {text}: neither a file nor four whole numbers", "X,Y,WIDTH,HEIGHT from the top left")
     image = load_mask(file)
     if image.size != (width, height):
         raise UsageError(

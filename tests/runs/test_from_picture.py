@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,7 @@ from bitgen_cli.report import Silent
 from bitgen_cli.runs.carried_bits import DIGEST, packed
 from bitgen_cli.runs.jobs import SampleOptions
 from bitgen_cli.runs.original import Mask, read_mask, read_original
-from bitgen_cli.runs.recipe_file import BITS, RECIPE, carried_bits, picture_recipe, read_recipe
+from bitgen_cli.runs.recipe_file import BITS, RECIPE, carried, picture_recipe, read_recipe
 from bitgen_cli.runs.sample import SampledPicture, SampleResult, sample
 
 PROMPT = "a red dog on the moon"
@@ -64,7 +67,7 @@ def pixels(file: str | Path) -> np.ndarray[Any, Any]:
 
 
 def bits_in(file: Path) -> bytes | None:
-    content = carried_bits(file)
+    _, content = carried(file.read_bytes(), str(file))
     return content and content[DIGEST:]
 
 
@@ -102,7 +105,7 @@ def test_a_tokenized_photo_is_what_tokenize_makes_of_it(tiny: Path) -> None:
     assert model.tokenizer is not None
     of = schedule(model.config.scales, patchify=False)
     with torch.inference_mode():
-        image = to_float(to_tensor(read_original(photo).image, (16, 16)))
+        image = to_float(to_tensor(read_original(str(photo)).image, (16, 16)))
         bits, _ = model.tokenizer.encode(image[None], of)
     expected = packed([grid[0] for grid in bits], Image.new("RGB", (1, 1)))[DIGEST:]
     assert len(expected) == len(carried)
@@ -292,6 +295,31 @@ def test_a_mask_is_shrunk_once_for_all_lines(tiny: Path, monkeypatch: pytest.Mon
     assert sorted(sizes) == [(16, 8), (16, 16)]
 
 
+def test_a_picture_from_stdin(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first(tiny)
+    call = {"mask": "0,0,16,8", "seed": 3, "prompts": ("a cat",)}
+    expected = draw(**call, original="a.png", output="b.png")
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(Path("a.png").read_bytes())))
+    found = draw(**call, original="-", output="c.png")
+    assert np.array_equal(pixels("b.png"), pixels("c.png"))
+    assert found.recipe["original"] == expected.recipe["original"] | {"name": "standard input"}
+    with pytest.raises(InputError, match="standard input is not a"):  # at its end now
+        draw(**call, original="-")
+    with pytest.raises(UsageError, match="cannot both read stdin"):
+        run(original="-", prompts_file="-", keep_scales=1, output="out/")
+
+
+def test_a_picture_from_a_stream_is_read_once(tiny: Path) -> None:
+    first(tiny, embed_bits=True)
+    os.mkfifo("pipe")
+    writer = threading.Thread(target=lambda: Path("pipe").write_bytes(Path("a.png").read_bytes()))
+    writer.start()
+    found = draw(original="pipe", keep_scales=2, seed=1, output="b.png")
+    writer.join()
+    assert found.recipe["original"]["bits"] == "carried"
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+
+
 def test_photos_of_other_shapes(tiny: Path) -> None:
     Image.effect_noise((80, 44), 90).convert("RGB").save("wide.png")
     Image.effect_noise((44, 80), 90).convert("RGB").save("tall.png")
@@ -329,6 +357,9 @@ def test_what_cannot_be_is_said(tiny: Path) -> None:
     for keep in (3, -1):
         with pytest.raises(UsageError, match="3 scales"):
             run(original="a.png", mask="0,0,16,8", keep_scales=keep)
+    for mask in ("1.5,2,3,4", "-1,0,4,4", "0,0,9999999,1", "a,b,c,d"):
+        with pytest.raises(UsageError, match="neither a file nor four whole numbers"):
+            run(original="a.png", mask=mask)
     for mask in ("8,8,9,8", "0,0,0,4", "16,0,1,1"):
         with pytest.raises(UsageError, match="not within the 16x16 pixels"):
             run(original="a.png", mask=mask)
@@ -344,7 +375,7 @@ def test_what_cannot_be_is_said(tiny: Path) -> None:
 
 def test_masks_that_are_none(tiny: Path) -> None:
     first(tiny)
-    original = read_original(Path("a.png"))
+    original = read_original("a.png")
     Image.new("L", (8, 16), 255).save("small.png")
     Image.new("L", (16, 16), 100).save("dark.png")
     Image.new("RGBA", (16, 16), (255, 255, 255, 0)).save("clear.png")
