@@ -21,7 +21,7 @@ from bitgen_cli.engine.captions import printable
 from bitgen_cli.engine.data import decode_picture, load_mask, picture_content, to_tensor
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.errors import UsageError
-from bitgen_cli.files import explain, sha256
+from bitgen_cli.files import explain
 from bitgen_cli.runs.recipe_file import Recipe, carried
 
 STDIN = "-"
@@ -73,7 +73,7 @@ class Mask:
 
     Attributes:
         image: L, of the original's size; white may change.
-        facts: for recipes: `box`, or `sha256` of the file.
+        facts: for recipes: `box`, or `sha256` of the image, which may have come as a stream.
     """
 
     image: Image.Image
@@ -171,7 +171,7 @@ def read_mask(text: str, original: Original) -> Mask:
         )
     if image.getextrema()[1] < WHITE:  # type: ignore[operator]
         raise UsageError(f"--mask {file}: nothing of it is white", "white is drawn anew, black stays")
-    return Mask(image, {"sha256": sha256(file)})
+    return Mask(image, {"sha256": hashlib.sha256(image.tobytes()).hexdigest()})
 
 
 def check_edit(edit: Edit, schedule: Schedule, where: Sequence[Tensor], *, refine: int, pictures: int) -> None:

@@ -24,6 +24,7 @@ from bitgen_cli.runs.carried_bits import unpacked
 from bitgen_cli.runs.drawing import Features, Painter, Picture, Setting, draw
 from bitgen_cli.runs.jobs import Job, SampleOptions, jobs_of, where_drawn
 from bitgen_cli.runs.original import FoundBits
+from bitgen_cli.runs.output import short_dtype
 from bitgen_cli.runs.reproduce import recalled
 
 
@@ -83,6 +84,9 @@ def job_again(job: Job, setting: Setting, options: SampleOptions) -> Job | None:
     if recipe is None or job.kind in original.found or recipe.original is not None:
         return None
     if any(recipe.fingerprints.get(part) != found for part, found in setting.model.fingerprints.items()):
+        return None
+    numbers = short_dtype(setting.dtype), setting.precision.name
+    if recipe.dtype is not None and (recipe.dtype, recipe.text_dtype or recipe.dtype) != numbers:
         return None
     try:
         again = recalled(SampleOptions(model=options.model, device=options.device), recipe, Silent())

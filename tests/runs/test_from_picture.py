@@ -244,6 +244,16 @@ def test_another_model_tokenizes(tiny: Path, tmp_path: Path) -> None:
     assert found.recipe["original"]["bits"] == "tokenized"
 
 
+def test_other_number_types_tokenize_without_drawing_first(tiny: Path) -> None:
+    first(tiny)
+    report = Silent()
+    found = draw(report, original="a.png", dtype="bf16", text_dtype="fp32", keep_scales=2, output="b.png")
+    assert found.recipe["original"]["bits"] == "tokenized"
+    assert [text for text in report.notices if "a.png" in text] == [
+        "a.png is tokenized at 16x16: what the tokenizer cannot show is lost"
+    ]
+
+
 def test_a_prompt_file_of_variations(tiny: Path) -> None:
     first(tiny)
     Path("lines.jsonl").write_text(
@@ -309,15 +319,20 @@ def test_a_picture_from_stdin(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> No
         run(original="-", prompts_file="-", keep_scales=1, output="out/")
 
 
-def test_a_picture_from_a_stream_is_read_once(tiny: Path) -> None:
+def test_a_picture_or_mask_from_a_stream_is_read_once(tiny: Path) -> None:
     first(tiny, embed_bits=True)
-    os.mkfifo("pipe")
-    writer = threading.Thread(target=lambda: Path("pipe").write_bytes(Path("a.png").read_bytes()))
-    writer.start()
-    found = draw(original="pipe", keep_scales=2, seed=1, output="b.png")
-    writer.join()
-    assert found.recipe["original"]["bits"] == "carried"
-    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    expected = draw(original="a.png", mask=white_box((0, 0, 16, 9)), seed=3, output="b.png")
+    writers = []
+    for pipe, source in (("one", "a.png"), ("two", "mask.png")):
+        os.mkfifo(pipe)
+        writers.append(threading.Thread(target=Path(pipe).write_bytes, args=(Path(source).read_bytes(),), daemon=True))
+        writers[-1].start()
+    found = draw(original="one", mask="two", seed=3, output="c.png")
+    for writer in writers:
+        writer.join()
+    assert np.array_equal(pixels("b.png"), pixels("c.png"))
+    assert found.recipe["mask"] == expected.recipe["mask"]
+    assert found.recipe["original"] == expected.recipe["original"] | {"name": "one"}
 
 
 def test_photos_of_other_shapes(tiny: Path) -> None:
