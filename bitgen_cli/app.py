@@ -240,7 +240,8 @@ def sample(
         str | None,
         _option(
             "PICTURE",
-            "Go on from a picture: one made by bitgen, or a photo. Say how with --mask, --keep-scales or --refine.",
+            "Go on from a picture: one made by bitgen, or a photo; - reads it from stdin. Say how with --mask, "
+            "--keep-scales or --refine.",
             names=("--from",),
         ),
     ] = None,
@@ -388,7 +389,7 @@ def sample(
     offload: Annotated[
         str,
         _option(
-            "HOW",
+            "MODE",
             "auto: what does not fit into a GPU's memory waits in the CPU's; none: all is on the GPU; "
             "cpu: all that can waits. The pictures are the same but for rounding.",
             _COMPUTING,

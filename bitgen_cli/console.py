@@ -651,8 +651,8 @@ def _draw(table: Table) -> RichTable:
 
 
 def plain_table(table: Table) -> str:
-    """The table as text: title, heads, rows, columns two spaces apart."""
-    rows = [table.columns, *([harmless(cell) for cell in row] for row in table.rows)]
+    """The table as text: title, heads, rows of a line each, columns two spaces apart."""
+    rows = [table.columns, *([harmless(cell).replace("\n", r"\n") for cell in row] for row in table.rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -42,7 +42,7 @@ _bitgen() {
         'sample --batch-size') words='' paths= ;;
         'sample --device') words='auto cpu cuda mps' paths= ;;
         'sample --dtype') words='auto fp32 bf16 fp16' paths= ;;
-        'sample --offload') words='print run' paths= ;;
+        'sample --offload') words='auto none cpu' paths= ;;
         'sample --text-dtype') words='auto fp32 bf16 int8' paths= ;;
         'sample --set') words='' paths= ;;
         'tokenize --model') words='demo infinity-2b infinity-8b infinity-8b-512 infinity-vae-d16 infinity-vae-d24 infinity-vae-d32 infinity-vae-d64' paths=files ;;

@@ -53,6 +53,7 @@ def kinds() -> dict[str, Kind]:
         "KIND": Kind(("images", "distill", "none")),
         "RUN": Kind(paths="folders"),
         "HOW": Kind(("print", "run")),
+        "MODE": Kind(("auto", "none", "cpu")),
         "LOG": Kind(("tensorboard", "wandb")),
         "STAGE": Kind(("tokenizer", "transformer")),
         "DEVICE": Kind(("auto", "cpu", "cuda", "mps")),

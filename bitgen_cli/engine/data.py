@@ -76,6 +76,18 @@ def load_mask(path: Path) -> Image.Image:
     return mask
 
 
+def picture_content(file: BinaryIO, name: str) -> bytes:
+    """The bytes of a picture file, from where it is open up to its end.
+
+    Raises:
+        InputError: it cannot be read, or is larger than MAX_BYTES.
+    """
+    with _reading(name):
+        content = file.read(MAX_BYTES + 1)
+    _refuse_huge(len(content), name)
+    return content
+
+
 def decode_picture(content: bytes, name: str) -> Image.Image:
     """The same of a picture in memory.
 
@@ -219,7 +231,7 @@ def _reading(name: str) -> Iterator[None]:
 
 def _refuse_huge(size: int, name: str) -> None:
     if size > MAX_BYTES:
-        raise InputError(f"{name} has {size >> 20} MiB, more than the {MAX_BYTES >> 20} MiB a picture may have")
+        raise InputError(f"{name} has more than the {MAX_BYTES >> 20} MiB a picture may have")
 
 
 def _middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:

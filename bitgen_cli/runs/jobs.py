@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from bitgen_cli.engine.subject import Subject, Worn, choose_subjects, find_subje
 from bitgen_cli.engine.vocabulary import PromptReader
 from bitgen_cli.errors import UsageError
 from bitgen_cli.presets import resolve_stored
-from bitgen_cli.runs.original import Edit, check_edit, with_keep_scales
+from bitgen_cli.runs.original import Edit, Mask, check_edit, with_keep_scales
 
 STDOUT = "-"
 """As --output: one picture that is not written to disk."""
@@ -169,7 +170,8 @@ def jobs_of(options: SampleOptions, model: Model, reader: PromptReader, known: S
     layers = [sampling.cfg_layer] if isinstance(sampling.cfg_layer, int) else sampling.cfg_layer
     if max(layers) > depth:
         raise UsageError(f"cfg_layer {max(layers)} is more than the model's {depth} blocks")
-    seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    edit = with_keep_scales(options.edit, options.keep_scales)
+    seed = _new_seed(edit) if options.seed is None else options.seed
     if not -(2**63) <= seed <= 2**64 - options.num_images:
         raise UsageError(f"a seed has at most 64 bits, which {seed} has not")
     asked = [_worn(text) for text in options.subjects]
@@ -180,7 +182,6 @@ def jobs_of(options: SampleOptions, model: Model, reader: PromptReader, known: S
         prompt, model, reader, known, asked, options.negative_prompt
     )
     bits = bits_in_use(model.config.tokenizer, options.bits)
-    edit = with_keep_scales(options.edit, options.keep_scales)
     job = Job(
         prompt,
         options.negative_prompt,
@@ -204,14 +205,25 @@ def jobs_of(options: SampleOptions, model: Model, reader: PromptReader, known: S
     return [replace(job, seed=seed + k) for k in range(options.num_images)]
 
 
+def _new_seed(edit: Edit | None) -> int:
+    """A seed drawn at random; of a picture of which no bit is drawn its own one, where that is known."""
+    if edit is not None and not edit.draws and edit.original.recipe is not None:
+        return edit.original.recipe.seed
+    return secrets.randbelow(2**32)
+
+
 def where_drawn(job: Job, patch_size: int) -> list[Tensor]:
     """Where a job that goes on from a picture draws bits, per scale (1, 1, h, w) bool: nowhere if it refines alone."""
     assert job.edit is not None
-    mask = None
-    if job.edit.mask is not None:
-        mask = latent_mask(job.edit.mask.pixels(job.schedule.pixels(patch_size)), job.schedule)
     keep = job.edit.keep_scales if job.edit.draws else len(job.schedule)
-    return drawn_positions(job.schedule, mask, keep)
+    return _where(job.edit.mask, keep, job.schedule, patch_size)
+
+
+@lru_cache(maxsize=16)
+def _where(mask: Mask | None, keep_scales: int, scales: Schedule, patch_size: int) -> list[Tensor]:
+    """The same for all lines of a prompt file, as a large mask takes long to shrink."""
+    places = None if mask is None else latent_mask(mask.pixels(scales.pixels(patch_size)), scales)
+    return drawn_positions(scales, places, keep_scales)
 
 
 def _worn(text: str) -> Worn:

@@ -5,23 +5,27 @@ Both may come from strangers: they are pictures, and what they carry is checked 
 
 from __future__ import annotations
 
+import hashlib
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from bitgen_cli.engine.bits import pack, to_grid, to_positions, unpack
-from bitgen_cli.engine.data import load_mask, load_picture, to_tensor
+from bitgen_cli.engine.captions import printable
+from bitgen_cli.engine.data import decode_picture, load_mask, picture_content, to_tensor
 from bitgen_cli.engine.scales import Schedule
-from bitgen_cli.errors import InputError, UsageError
-from bitgen_cli.files import sha256
-from bitgen_cli.runs.recipe_file import Recipe, carried_bits, has_recipe, read_recipe
+from bitgen_cli.errors import UsageError
+from bitgen_cli.files import explain
+from bitgen_cli.runs.recipe_file import Recipe, carried
 
+STDIN = "-"
+"""As --from: the picture comes from there."""
 WHITE = 128
 """Of a mask, what is at least so bright of 255 is drawn anew."""
 _BOX = re.compile(r"\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*")
@@ -69,7 +73,7 @@ class Mask:
 
     Attributes:
         image: L, of the original's size; white may change.
-        facts: for recipes: `box`, or `sha256` of the file.
+        facts: for recipes: `box`, or `sha256` of the image, which may have come as a stream.
     """
 
     image: Image.Image
@@ -104,7 +108,7 @@ class Edit:
         original = self.original
         return {
             "original": {
-                "name": original.file.name[:200],
+                "name": printable(original.file.name)[:200],
                 "sha256": original.sha256,
                 "bits": original.found[key].how,
             },
@@ -113,15 +117,24 @@ class Edit:
         }
 
 
-def read_original(file: Path) -> Original:
-    """The picture with what it carries.
+def read_original(source: str) -> Original:
+    """The picture with what it carries; read once, as it may be a stream.
+
+    Args:
+        source: a file, or STDIN.
 
     Raises:
         InputError: it cannot be read, or carries what no recipe is.
     """
-    image = load_picture(file)
-    recipe = read_recipe(file) if has_recipe(file) else None
-    return Original(file, sha256(file), image, recipe, None if recipe is None else carried_bits(file))
+    file = Path("standard input" if source == STDIN else source)
+    try:
+        with nullcontext(sys.stdin.buffer) if source == STDIN else file.open("rb") as stream:
+            content = picture_content(stream, str(file))
+    except OSError as error:
+        raise explain(error, file, "read") from error
+    image = decode_picture(content, str(file))
+    recipe, bits = carried(content, str(file))
+    return Original(file, hashlib.sha256(content).hexdigest(), image, recipe, bits)
 
 
 def read_mask(text: str, original: Original) -> Mask:
@@ -148,6 +161,8 @@ def read_mask(text: str, original: Original) -> Mask:
         image.paste(255, (x, y, x + w, y + h))
         return Mask(image, {"box": [x, y, w, h]})
     file = Path(text)
+    if text.count(",") == 3 and not file.exists():
+        raise UsageError(f"--mask {text}: neither a file nor four whole numbers", "X,Y,WIDTH,HEIGHT from the top left")
     image = load_mask(file)
     if image.size != (width, height):
         raise UsageError(
@@ -156,7 +171,7 @@ def read_mask(text: str, original: Original) -> Mask:
         )
     if image.getextrema()[1] < WHITE:  # type: ignore[operator]
         raise UsageError(f"--mask {file}: nothing of it is white", "white is drawn anew, black stays")
-    return Mask(image, {"sha256": sha256(file)})
+    return Mask(image, {"sha256": hashlib.sha256(image.tobytes()).hexdigest()})
 
 
 def check_edit(edit: Edit, schedule: Schedule, where: Sequence[Tensor], *, refine: int, pictures: int) -> None:
@@ -169,7 +184,7 @@ def check_edit(edit: Edit, schedule: Schedule, where: Sequence[Tensor], *, refin
         refine: rounds of refinement.
         pictures: how many of them.
     """
-    if edit.keep_scales >= len(schedule):
+    if not 0 <= edit.keep_scales < len(schedule):
         raise UsageError(
             f"--keep-scales {edit.keep_scales}: the model has {len(schedule)} scales, of which one at least must be "
             "drawn"
@@ -202,27 +217,12 @@ def forgetting(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"sampling": sampling, "original": None, "mask": None, "keep_scales": None})
 
 
-def unpacked(content: bytes, schedule: Schedule, bits: int) -> list[Tensor]:
-    """Bits per scale (1, d, h, w) of what a picture carries.
+def with_keep_scales(edit: Edit | None, keep_scales: int | None) -> Edit | None:
+    """The edit with that many first scales kept.
 
     Raises:
-        InputError: it has another length.
+        UsageError: there is no picture whose scales they could be.
     """
-    width = -(-bits // 8)
-    sizes = schedule.latent_sizes
-    positions = sum(h * w for h, w in sizes)
-    if len(content) != positions * width:
-        raise InputError(f"{len(content)} bytes of bits, not {positions * width}")
-    rows = unpack(torch.frombuffer(bytearray(content), dtype=torch.uint8).view(1, positions, width), bits)
-    parts = torch.split(rows, [h * w for h, w in sizes], dim=1)
-    return [to_grid(part, size).contiguous() for part, size in zip(parts, sizes, strict=True)]
-
-
-def packed(bits: Sequence[Tensor]) -> bytes:
-    """Bits per scale (d, h, w) as a picture carries them: bytes of each latent position, coarse scales first."""
-    return pack(torch.cat([to_positions(grid[None]) for grid in bits], dim=1)).cpu().numpy().tobytes()
-
-
-def with_keep_scales(edit: Edit | None, keep_scales: int | None) -> Edit | None:
-    """The edit with that many first scales kept."""
+    if edit is None and keep_scales is not None:
+        raise UsageError("keep_scales says what of a picture stays", "--from PICTURE says of which")
     return None if edit is None else replace(edit, keep_scales=keep_scales or 0)

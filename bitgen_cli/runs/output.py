@@ -23,9 +23,9 @@ from bitgen_cli.engine.device import DTYPES, hardware
 from bitgen_cli.engine.model_folder import Model
 from bitgen_cli.errors import UsageError
 from bitgen_cli.files import atomic_path
+from bitgen_cli.runs.carried_bits import packed
 from bitgen_cli.runs.drawing import Picture, Setting
 from bitgen_cli.runs.jobs import Job, SampleOptions
-from bitgen_cli.runs.original import packed
 from bitgen_cli.runs.recipe_file import BITS, RECIPE
 from bitgen_cli.runs.scale_pictures import files_of
 
@@ -121,24 +121,24 @@ def write_picture(path: Path, image: Image.Image, carried: Carried) -> None:
         InputError: not allowed to write there.
     """
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=_info(carried))
+        image.save(temporary, format="PNG", pnginfo=_info(image, carried))
 
 
 def picture_bytes(image: Image.Image, carried: Carried) -> bytes:
     """The PNG that `write_picture` writes."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=_info(carried))
+    image.save(buffer, format="PNG", pnginfo=_info(image, carried))
     return buffer.getvalue()
 
 
-def _info(carried: Carried) -> PngImagePlugin.PngInfo | None:
+def _info(image: Image.Image, carried: Carried) -> PngImagePlugin.PngInfo | None:
     if carried.recipe is None:
         return None
     info = PngImagePlugin.PngInfo()
     info.add_itxt("parameters", _parameters(carried.recipe))
     info.add_itxt(RECIPE, json.dumps(carried.recipe, ensure_ascii=False))
     if carried.bits is not None:
-        info.add_text(BITS, base64.b64encode(packed(carried.bits)).decode(), zip=True)
+        info.add_text(BITS, base64.b64encode(packed(carried.bits, image)).decode(), zip=True)
     return info
 
 

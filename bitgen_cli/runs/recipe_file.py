@@ -7,11 +7,12 @@ A recipe may come from anybody. What it says is bounded here, and names no file:
 from __future__ import annotations
 
 import base64
+import io
 import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,7 +24,7 @@ from bitgen_cli.files import explain
 RECIPE = "bitgen"
 """Text chunk of a PNG that holds its recipe as JSON."""
 BITS = "bitgen-bits"
-"""Text chunk of a PNG that holds its bits in base64 (original.packed)."""
+"""Text chunk of a PNG that holds its bits in base64 (carried_bits.packed)."""
 LARGEST = 1 << 20
 """Bytes of a recipe in a file of its own; Pillow has the same bound for one in a picture."""
 
@@ -128,7 +129,7 @@ def picture_recipe(path: Path) -> tuple[dict[str, Any], tuple[int, int]]:
     Raises:
         InputError: unreadable, or without a recipe.
     """
-    kind, size, texts = _texts(path)
+    kind, size, texts = _texts(path, str(path))
     text = texts.get(RECIPE)
     if not isinstance(text, str):
         why = "" if kind == "PNG" else f"; only PNG pictures can, and this is {kind}"
@@ -138,38 +139,37 @@ def picture_recipe(path: Path) -> tuple[dict[str, Any], tuple[int, int]]:
     return _keys_and_values(text, f"{path} carries a damaged recipe"), size
 
 
-def has_recipe(path: Path) -> bool:
-    """Whether a picture carries a recipe, good or bad.
+def carried(content: bytes, name: str) -> tuple[Recipe | None, bytes | None]:
+    """The recipe that a picture carries, and its bits as they stand there; None where it carries none.
+
+    Args:
+        content: of the file.
+        name: what errors call it.
 
     Raises:
-        InputError: it is no readable picture.
+        InputError: it is no readable picture, or carries what no recipe is.
     """
-    return isinstance(_texts(path)[2].get(RECIPE), str)
-
-
-def carried_bits(path: Path) -> bytes | None:
-    """The bits that a picture carries, as they stand there; None where it carries none, or something else.
-
-    Raises:
-        InputError: it is no readable picture.
-    """
-    text = _texts(path)[2].get(BITS)
+    _, _, texts = _texts(io.BytesIO(content), name)
+    text = texts.get(RECIPE)
+    if not isinstance(text, str):
+        return None, None
+    recipe = checked(_keys_and_values(text, f"{name} carries a damaged recipe"), name)
     try:
-        return base64.b64decode(text, validate=True) if isinstance(text, str) else None
-    except ValueError:
-        return None
+        return recipe, base64.b64decode(texts.get(BITS, ""), validate=True) or None
+    except (TypeError, ValueError):
+        return recipe, None
 
 
-def _texts(path: Path) -> tuple[str | None, tuple[int, int], Mapping[Any, Any]]:
+def _texts(file: Path | BinaryIO, name: str) -> tuple[str | None, tuple[int, int], Mapping[Any, Any]]:
     """Format, width and height, and what a picture says of itself; its pixels are not decoded."""
     try:
         with warnings.catch_warnings():
             # the pixels are not read, however many they are
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 return image.format, image.size, dict(image.info)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not a readable picture: {error}") from error
+        raise InputError(f"{name} is not a readable picture: {error}") from error
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -29,9 +29,10 @@ from bitgen_cli.runs.drawing import (
     placement_of,
     setting_of,
 )
-from bitgen_cli.runs.editing import given_of, job_again, load_original, take_carried, take_drawn, tokenize_original
+from bitgen_cli.runs.editing import load_original
 from bitgen_cli.runs.jobs import STDOUT, Job, SampleOptions, jobs_of
 from bitgen_cli.runs.manifest import Key, Listed, Manifest
+from bitgen_cli.runs.original_bits import draw_again, given_of, jobs_again, tokenize_others
 from bitgen_cli.runs.output import (
     Carried,
     carried_by,
@@ -263,67 +264,35 @@ def _draw(
     on_picture: Callable[[SampledPicture], None],
 ) -> float:
     """Draws and writes all pictures; returns the seconds it took."""
-    again = _originals(planned, setting, options, report)
-    placement = placement_of([one.job for one in [*again, *planned]], setting, options)
-    chunks = [planned[start : start + AHEAD] for start in range(0, len(planned), AHEAD)]
+    jobs = [one.job for one in planned]
+    again = jobs_again(jobs, setting, options, report)
+    placement = placement_of([*again, *jobs], setting, options)
+    tokenize_others(jobs, again, setting, report)
     loaded: list[Painter] = []
-    features = _prepare([*again, *chunks[0]], setting, placement, loaded, options, report)
-    _draw_again(again, features, planned, setting, loaded, report)
+    features = _prepare([*again, *jobs[:AHEAD]], setting, placement, loaded, options, report)
+    draw_again(again, features[: len(again)], jobs, setting, loaded[0], report)
     features = features[len(again) :]
     seconds = 0.0
     with report.task("drawing", len(planned)) as task:
-        for number, chunk in enumerate(chunks):
-            if number:
-                features = _prepare(chunk, setting, placement, loaded, options, report)
+        for start in range(0, len(planned), AHEAD):
+            chunk = planned[start : start + AHEAD]
+            if start:
+                features = _prepare(jobs[start : start + AHEAD], setting, placement, loaded, options, report)
             started = time.perf_counter()
             _draw_chunk(chunk, features, options, setting, loaded[0], manifest, done, task, on_picture)
             seconds += time.perf_counter() - started
     return seconds
 
 
-def _originals(
-    planned: Sequence[_Planned], setting: Setting, options: SampleOptions, report: Report
-) -> list[_Planned]:
-    """Finds the bits of pictures that are gone on from; returns what must be drawn again for that."""
-    again = []
-    for job in {one.job.kind: one.job for one in planned if one.job.edit is not None}.values():
-        take_carried(job, setting, report)
-        if (found := job_again(job, setting, options)) is not None:
-            again.append(_Planned(found, -1))
-        elif job.edit is not None and job.kind not in job.edit.original.found:
-            tokenize_original(job, setting, report)
-    return again
-
-
-def _draw_again(
-    again: Sequence[_Planned],
-    features: Sequence[Features],
-    planned: Sequence[_Planned],
-    setting: Setting,
-    loaded: Sequence[Painter],
-    report: Report,
-) -> None:
-    """Draws the pictures that are gone on from; what is not the same again is tokenized."""
-    setting = replace(setting, model=loaded[0].model)
-    for number, one in enumerate(again):
-        job = next(other.job for other in planned if other.job.kind == one.job.kind)
-        with report.task("drawing the original again", 1) as task:
-            (picture,) = draw([one.job], features[number : number + 1], setting, loaded[0], task)
-        take_drawn(job, picture, report)
-        if job.edit is not None and job.kind not in job.edit.original.found:
-            tokenize_original(job, setting, report)
-
-
 def _prepare(
-    chunk: Sequence[_Planned],
+    jobs: Sequence[Job],
     setting: Setting,
     placement: Placement,
     loaded: list[Painter],
     options: SampleOptions,
     report: Report,
 ) -> list[Features]:
-    """Text features of a chunk. Loads the model, once more where the text encoder has no room beside it."""
-    jobs = [one.job for one in chunk]
+    """Text features of jobs. Loads the model, once more where the text encoder has no room beside it."""
     try:
         features = features_of(jobs, setting, options, report)
     except (ResourceError, torch.OutOfMemoryError):

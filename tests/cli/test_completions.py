@@ -25,6 +25,7 @@ EXPECTED = {
     ("sample", "a dog", "--see"): ["--seed"],
     ("sample", "--seed", ""): [],
     ("sample", "--dtype", ""): ["auto", "bf16", "fp16", "fp32"],
+    ("sample", "--offload", ""): ["auto", "cpu", "none"],
     ("sample", "--model", "infinity-8"): ["infinity-8b", "infinity-8b-512"],
     ("sample", "--model", "m"): ["my store"],
     ("train", "--preset", ""): preset_names(),

@@ -102,6 +102,7 @@ def test_a_table_is_aligned_with_spaces() -> None:
     table = Table("scales", ["scale", "size"], [["1", "1x1"], ["10", "[16]x16"]])
     assert plain_table(table) == "scales\nscale  size\n1      1x1\n10     [16]x16"
     assert plain_table(Table("none", ["a", "b"], [])) == "none\na  b"
+    assert plain_table(Table("", ["k"], [["a\nerror: \x1b[2J"]])) == "\nk\na\\nerror: \\x1b[2J"
 
 
 def test_the_training_panel_shows_every_scale_and_keeps_what_was_held_out() -> None:

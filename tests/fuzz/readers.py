@@ -46,14 +46,16 @@ from bitgen_cli.place import Place
 from bitgen_cli.report import Silent
 from bitgen_cli.runs import inspect_config
 from bitgen_cli.runs import sweep as sweeps
+from bitgen_cli.runs.carried_bits import digest
 from bitgen_cli.runs.drawing import Setting
-from bitgen_cli.runs.editing import job_again, load_original, take_carried
+from bitgen_cli.runs.editing import load_original
 from bitgen_cli.runs.gen_priors import read_manifest as read_priors
 from bitgen_cli.runs.inspect_config import InspectOptions, inspect
 from bitgen_cli.runs.jobs import SampleOptions, jobs_of
 from bitgen_cli.runs.local_files import find_files, model_of
 from bitgen_cli.runs.measurements import read_measurements
 from bitgen_cli.runs.original import Original, read_mask
+from bitgen_cli.runs.original_bits import job_again, take_carried
 from bitgen_cli.runs.prompt_file import requested
 from bitgen_cli.runs.prompts import TextModel
 from bitgen_cli.runs.recipe_file import read_recipe
@@ -443,7 +445,9 @@ def _read_original(file: Path) -> object:
     if original.recipe is not None:
         known = {"fingerprints": model.fingerprints, "bits": model.config.tokenizer.bits}
         recipe = original.recipe.model_copy(update=known)
-        original = replace(original, recipe=recipe, image=original.image.resize((16, 16)))
+        image = original.image.resize((16, 16))
+        carried = None if original.carried is None else digest(image) + original.carried
+        original = replace(original, recipe=recipe, image=image, carried=carried)
     drawn = replace(options, edit=replace(options.edit, original=original), bits=None, remembered=None, resolution=None)
     cpu, number = torch.device("cpu"), torch.float32
     text = TextModel(model, "", "", PromptReader(load_vocabulary(file.parent / "text_encoder"), 16))

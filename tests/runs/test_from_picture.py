@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from tiny_model import photos, save
+from torch import Tensor
 
+from bitgen_cli.engine.codec import Codec
 from bitgen_cli.engine.data import to_float, to_tensor
 from bitgen_cli.engine.model_folder import load_model
 from bitgen_cli.engine.scales import schedule
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Silent
+from bitgen_cli.runs.carried_bits import DIGEST, packed
 from bitgen_cli.runs.jobs import SampleOptions
-from bitgen_cli.runs.original import packed, read_mask, read_original
-from bitgen_cli.runs.recipe_file import BITS, RECIPE, carried_bits, picture_recipe, read_recipe
+from bitgen_cli.runs.original import Mask, read_mask, read_original
+from bitgen_cli.runs.recipe_file import BITS, RECIPE, carried, picture_recipe, read_recipe
 from bitgen_cli.runs.sample import SampledPicture, SampleResult, sample
 
 PROMPT = "a red dog on the moon"
@@ -59,6 +66,11 @@ def pixels(file: str | Path) -> np.ndarray[Any, Any]:
         return np.asarray(image).astype(int)
 
 
+def bits_in(file: Path) -> bytes | None:
+    _, content = carried(file.read_bytes(), str(file))
+    return content and content[DIGEST:]
+
+
 def white_box(box: tuple[int, int, int, int], name: str = "mask.png", size: tuple[int, int] = (16, 16)) -> str:
     mask = Image.new("L", size)
     mask.paste(255, box)
@@ -88,16 +100,36 @@ def test_bits_are_those_of_the_picture(tiny: Path, how: str) -> None:
 def test_a_tokenized_photo_is_what_tokenize_makes_of_it(tiny: Path) -> None:
     photo = photos(Path("photos"), 1, 40) / "0.png"
     made = draw(prompts=("a dog",), model=str(tiny), original=str(photo), mask="0,0,40,9", output="b.png")
-    carried, model = carried_bits(made.path), load_model(tiny)
+    carried, model = bits_in(made.path), load_model(tiny)
     assert carried is not None
     assert model.tokenizer is not None
     of = schedule(model.config.scales, patchify=False)
     with torch.inference_mode():
-        image = to_float(to_tensor(read_original(photo).image, (16, 16)))
+        image = to_float(to_tensor(read_original(str(photo)).image, (16, 16)))
         bits, _ = model.tokenizer.encode(image[None], of)
-    expected = packed([grid[0] for grid in bits])
+    expected = packed([grid[0] for grid in bits], Image.new("RGB", (1, 1)))[DIGEST:]
     assert len(expected) == len(carried)
     assert carried[9:] == expected[9:], "a byte a position; the first of the last scale's four rows is drawn"
+
+
+def test_a_photo_for_which_a_gpu_has_no_room_is_tokenized_on_the_cpu(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = {"prompts": ("a dog",), "model": str(tiny), "mask": "0,0,40,9", "seed": 3}
+    call["original"] = str(photos(Path("photos"), 1, 40) / "0.png")
+    expected = draw(**call, output="a.png")
+    latent, tried = Codec.latent, []
+
+    def scarce(codec: Codec, pixels: Tensor) -> Tensor:
+        tried.append(codec.dtype)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("full")
+        return latent(codec, pixels)
+
+    monkeypatch.setattr(Codec, "latent", scarce)
+    found = draw(**call, output="b.png")
+    assert len(tried) == 2
+    assert np.array_equal(pixels(expected.path), pixels(found.path))
 
 
 def test_the_recipe_is_gone_on_from_with_another_seed(tiny: Path) -> None:
@@ -113,9 +145,9 @@ def test_the_recipe_is_gone_on_from_with_another_seed(tiny: Path) -> None:
 def test_what_is_kept_is_kept(tiny: Path) -> None:
     """Of the first scales, and outside a mask: bits to the last one, whatever the prompt."""
     first(tiny, embed_bits=True)
-    old = carried_bits(Path("a.png"))
+    old = bits_in(Path("a.png"))
     draw(prompts=("a cat",), original="a.png", keep_scales=2, output="b.png")
-    new = carried_bits(Path("b.png"))
+    new = bits_in(Path("b.png"))
     assert old is not None
     assert new is not None
     assert len(old) == len(new) == 1 + 4 + 16
@@ -123,7 +155,7 @@ def test_what_is_kept_is_kept(tiny: Path) -> None:
     assert old[5:] != new[5:]
     for mask in ("0,0,16,4", white_box((0, 0, 16, 4))):
         draw(prompts=("a cat on the beach",), original="a.png", mask=mask, output="c.png", overwrite=True)
-        new = carried_bits(Path("c.png"))
+        new = bits_in(Path("c.png"))
         assert new is not None
         assert old[:5] == new[:5], "coarse codes reach below the mask"
         assert old[5:9] != new[5:9]
@@ -142,9 +174,9 @@ def test_pictures_do_not_hang_on_the_batch(tiny: Path) -> None:
 
 def test_refining_alone_draws_nothing(tiny: Path) -> None:
     first(tiny, tau="3", embed_bits=True)
-    old = carried_bits(Path("a.png"))
+    old = bits_in(Path("a.png"))
     found = draw(original="a.png", refine=3, output="b.png")
-    new = carried_bits(Path("b.png"))
+    new = bits_in(Path("b.png"))
     changed = found.recipe["refined"]["bits_changed"]
     assert old is not None
     assert new is not None
@@ -164,9 +196,9 @@ def test_a_picture_that_was_refined_is_not_refined_again_by_itself(tiny: Path) -
 
 def test_under_a_mask_refinement_leaves_the_rest_alone(tiny: Path) -> None:
     first(tiny, tau="3", embed_bits=True)
-    old = carried_bits(Path("a.png"))
+    old = bits_in(Path("a.png"))
     draw(original="a.png", mask="0,0,16,8", refine=3, output="b.png")
-    new = carried_bits(Path("b.png"))
+    new = bits_in(Path("b.png"))
     assert old is not None
     assert new is not None
     assert old[:1] == new[:1]
@@ -199,7 +231,7 @@ def test_an_edit_goes_on_from_its_bits(tiny: Path) -> None:
     draw(prompts=("a cat",), original="a.png", mask="0,0,16,8", output="b.png")
     assert draw(original="b.png", keep_scales=2, output="c.png").recipe["original"]["bits"] == "carried"
     draw(prompts=("a cat",), original="a.png", mask="0,0,16,8", output="d.png", metadata=False)
-    assert carried_bits(Path("d.png")) is None
+    assert bits_in(Path("d.png")) is None
     report = Silent()
     draw(report, prompts=("a dog",), model=str(tiny), original="d.png", keep_scales=2, output="e.png")
     assert report.notices
@@ -210,6 +242,16 @@ def test_another_model_tokenizes(tiny: Path, tmp_path: Path) -> None:
     other = save(tmp_path / "other", seed=5)
     found = draw(original="a.png", model=str(other), keep_scales=2, output="b.png")
     assert found.recipe["original"]["bits"] == "tokenized"
+
+
+def test_other_number_types_tokenize_without_drawing_first(tiny: Path) -> None:
+    first(tiny)
+    report = Silent()
+    found = draw(report, original="a.png", dtype="bf16", text_dtype="fp32", keep_scales=2, output="b.png")
+    assert found.recipe["original"]["bits"] == "tokenized"
+    assert [text for text in report.notices if "a.png" in text] == [
+        "a.png is tokenized at 16x16: what the tokenizer cannot show is lost"
+    ]
 
 
 def test_a_prompt_file_of_variations(tiny: Path) -> None:
@@ -224,6 +266,73 @@ def test_a_prompt_file_of_variations(tiny: Path) -> None:
     assert again.kept == 2
     other = run(original="a.png", keep_scales=1, prompts_file="lines.jsonl", output="out/")
     assert (other.kept, len(other.pictures)) == (1, 1), "the line that says it itself is there"
+    assert run(prompts_file="lines.jsonl", output="new/", model=str(tiny)).failures[0].line == 1, "of what they stay"
+
+
+def test_every_line_of_variations_has_a_seed_of_its_own(tiny: Path) -> None:
+    first(tiny)
+    Path("lines.jsonl").write_text(f'{{"prompt": "{PROMPT}", "keep_scales": 1}}\n' * 2 + PROMPT)
+    seeds = [one.seed for one in run(original="a.png", refine=1, prompts_file="lines.jsonl", output="out/").pictures]
+    assert len(set(seeds)) == 3
+    assert seeds[2] == 1, "which refines alone"
+
+
+def test_the_same_call_goes_on_and_another_picture_or_mask_is_drawn(tiny: Path) -> None:
+    first(tiny)
+    Path("lines.txt").write_text("a cat\na dog\n")
+    white_box((0, 0, 16, 9))
+    call = {"original": "a.png", "prompts_file": "lines.txt", "output": "out/", "mask": "mask.png"}
+    assert [run(**call).kept for _ in range(2)] == [0, 2]
+    white_box((0, 0, 16, 12))
+    assert run(**call).kept == 0
+    assert run(**call | {"mask": "0,0,16,12"}).kept == 0
+    first(tiny, overwrite=True, top_p=0.7)
+    assert [run(**call).kept for _ in range(2)] == [0, 2]
+
+
+def test_a_mask_is_shrunk_once_for_all_lines(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first(tiny)
+    pixels_of, sizes = Mask.pixels, []
+
+    def counted(mask: Mask, size: tuple[int, int]) -> Tensor:
+        sizes.append(size)
+        return pixels_of(mask, size)
+
+    monkeypatch.setattr(Mask, "pixels", counted)
+    Path("lines.jsonl").write_text("a cat\na dog\n" + '{"prompt": "a boat", "aspect": "1:2"}\n')
+    result = run(original="a.png", mask="0,0,16,9", prompts_file="lines.jsonl", output="out/", batch_size=1)
+    assert len(result.pictures) == 3
+    assert sorted(sizes) == [(16, 8), (16, 16)]
+
+
+def test_a_picture_from_stdin(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first(tiny)
+    call = {"mask": "0,0,16,8", "seed": 3, "prompts": ("a cat",)}
+    expected = draw(**call, original="a.png", output="b.png")
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(Path("a.png").read_bytes())))
+    found = draw(**call, original="-", output="c.png")
+    assert np.array_equal(pixels("b.png"), pixels("c.png"))
+    assert found.recipe["original"] == expected.recipe["original"] | {"name": "standard input"}
+    with pytest.raises(InputError, match="standard input is not a"):  # at its end now
+        draw(**call, original="-")
+    with pytest.raises(UsageError, match="cannot both read stdin"):
+        run(original="-", prompts_file="-", keep_scales=1, output="out/")
+
+
+def test_a_picture_or_mask_from_a_stream_is_read_once(tiny: Path) -> None:
+    first(tiny, embed_bits=True)
+    expected = draw(original="a.png", mask=white_box((0, 0, 16, 9)), seed=3, output="b.png")
+    writers = []
+    for pipe, source in (("one", "a.png"), ("two", "mask.png")):
+        os.mkfifo(pipe)
+        writers.append(threading.Thread(target=Path(pipe).write_bytes, args=(Path(source).read_bytes(),), daemon=True))
+        writers[-1].start()
+    found = draw(original="one", mask="two", seed=3, output="c.png")
+    for writer in writers:
+        writer.join()
+    assert np.array_equal(pixels("b.png"), pixels("c.png"))
+    assert found.recipe["mask"] == expected.recipe["mask"]
+    assert found.recipe["original"] == expected.recipe["original"] | {"name": "one"}
 
 
 def test_photos_of_other_shapes(tiny: Path) -> None:
@@ -231,11 +340,21 @@ def test_photos_of_other_shapes(tiny: Path) -> None:
     Image.effect_noise((44, 80), 90).convert("RGB").save("tall.png")
     tall = draw(prompts=("a dog",), model=str(tiny), original="tall.png", keep_scales=1, output="b.png")
     assert (tall.recipe["width"], tall.recipe["height"]) == (8, 16)
-    wide = draw(prompts=("a dog",), model=str(tiny), original="wide.png", keep_scales=1, output="c.png")
+    report = Silent()
+    wide = draw(report, prompts=("a dog",), model=str(tiny), original="wide.png", keep_scales=1, output="c.png")
+    assert "tokenized at 16x16 without 45% of it" in report.notices[0]
     assert wide.recipe["width"] == wide.recipe["height"]
     crop = {"original": "wide.png", "aspect": "1:2", "keep_scales": 1}
     upright = draw(prompts=("a dog",), model=str(tiny), output="d.png", **crop)
     assert (upright.recipe["width"], upright.recipe["height"]) == (8, 16)
+
+
+def test_a_name_that_is_no_text_is_written_as_well_as_can_be(tiny: Path) -> None:
+    first(tiny)
+    name = os.fsdecode(b"a\xff.png")
+    shutil.copy("a.png", name)
+    assert draw(original=name, keep_scales=2, output="b.png").recipe["original"]["name"] == r"a\xff.png"
+    assert read_recipe(Path("b.png")).original is not None
 
 
 def test_what_cannot_be_is_said(tiny: Path) -> None:
@@ -244,10 +363,18 @@ def test_what_cannot_be_is_said(tiny: Path) -> None:
         run(prompts=(PROMPT,), mask="0,0,4,4")
     with pytest.raises(UsageError, match="--keep-scales says"):
         run(prompts=(PROMPT,), keep_scales=1)
+    with pytest.raises(UsageError, match="--mask says what"):
+        run(recipe="a.png", mask="0,0,4,4")
+    with pytest.raises(UsageError, match="--keep-scales says"):
+        run(recipe="a.png", keep_scales=1)
     with pytest.raises(UsageError, match="say what to do with it"):
         run(original="a.png")
-    with pytest.raises(UsageError, match="3 scales"):
-        run(original="a.png", keep_scales=3)
+    for keep in (3, -1):
+        with pytest.raises(UsageError, match="3 scales"):
+            run(original="a.png", mask="0,0,16,8", keep_scales=keep)
+    for mask in ("1.5,2,3,4", "-1,0,4,4", "0,0,9999999,1", "a,b,c,d"):
+        with pytest.raises(UsageError, match="neither a file nor four whole numbers"):
+            run(original="a.png", mask=mask)
     for mask in ("8,8,9,8", "0,0,0,4", "16,0,1,1"):
         with pytest.raises(UsageError, match="not within the 16x16 pixels"):
             run(original="a.png", mask=mask)
@@ -263,7 +390,7 @@ def test_what_cannot_be_is_said(tiny: Path) -> None:
 
 def test_masks_that_are_none(tiny: Path) -> None:
     first(tiny)
-    original = read_original(Path("a.png"))
+    original = read_original("a.png")
     Image.new("L", (8, 16), 255).save("small.png")
     Image.new("L", (16, 16), 100).save("dark.png")
     Image.new("RGBA", (16, 16), (255, 255, 255, 0)).save("clear.png")
@@ -276,6 +403,20 @@ def test_masks_that_are_none(tiny: Path) -> None:
             read_mask(name, original)
     Image.new("RGBA", (16, 16), (255, 255, 255, 255)).save("opaque.png")
     assert read_mask("opaque.png", original).pixels((16, 16)).all()
+
+
+def test_a_picture_that_another_program_has_changed_is_another_one(tiny: Path) -> None:
+    """Some keep all texts in a file whose pixels they change."""
+    first(tiny, embed_bits=True)
+    with Image.open("a.png") as image:
+        info = PngInfo()
+        for key, text in image.text.items():  # type: ignore[attr-defined]
+            info.add_itxt(key, text)
+        ImageOps.invert(image.convert("RGB")).save("b.png", pnginfo=info)
+    report = Silent()
+    found = draw(report, original="b.png", keep_scales=2, output="c.png")
+    assert found.recipe["original"]["bits"] == "tokenized"
+    assert "changed since" in report.notices[0]
 
 
 @pytest.mark.parametrize("text", ["", "!!!", "QUJD", "A" * 400, "bitgen \u00e9"])
