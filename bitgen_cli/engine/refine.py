@@ -35,14 +35,13 @@ class Refined:
     Attributes:
         bits: per scale (B, d, h, w) bool.
         changed: (B, scales) bits that are not what they were.
-        before, after: (B,) mean log-likelihood of a bit in nats, at the start of the first round and at the end of the
-            last: each bit after the coarser scales as the round has found them.
+        likelihood: (B, rounds) mean log-likelihood of a bit in nats, as each round found it at its start; NaN in rounds
+            after one that found nothing more to change in the picture.
     """
 
     bits: list[Tensor]
     changed: Tensor
-    before: Tensor
-    after: Tensor
+    likelihood: Tensor
 
 
 @torch.inference_mode()
@@ -77,14 +76,16 @@ def refine(
     may_change = None if where is None else _positions([_of_all(there, bits[0]) for there in where], cell)
     sure = torch.full((schedule.positions, 1), SURE, device=start.device)
     sure[schedule.slices[-1]] = SURE_OF_FINE
-    before: Tensor | None = None
+    settled = torch.zeros(len(start), dtype=torch.bool, device=start.device)
+    likelihoods = []
     for number in range(rounds):
         against = _against(transformer, text, schedule, now)
         unlikely = against > sure + number * SURER
         unlikely = unlikely if may_change is None else unlikely & may_change
-        before = _likelihood(against) if before is None else before
-        after = _likelihood(torch.where(unlikely, -against, against))
-        if not unlikely.any():
+        likelihood = -F.softplus(against).flatten(1).mean(1)
+        likelihoods.append(likelihood.masked_fill(settled, torch.nan))
+        settled = settled | ~unlikely.flatten(1).any(1)
+        if settled.all():
             break
         now, turned = now ^ unlikely, turned | unlikely
         if latent is not None:
@@ -92,8 +93,7 @@ def refine(
             now = _positions(_requantised(latent, schedule, *grids), cell)
     found = _grids(now, schedule)
     changed = torch.stack([(a != b).flatten(1).sum(1) for a, b in zip(found, bits, strict=True)], dim=1)
-    assert before is not None
-    return Refined(found, changed, before, after)
+    return Refined(found, changed, torch.stack(likelihoods, dim=1))
 
 
 def _of_all(there: Tensor, like: Tensor) -> Tensor:
@@ -110,11 +110,6 @@ def _grids(positions: Tensor, schedule: Schedule) -> list[Tensor]:
     """The inverse of `_positions`."""
     places = zip(schedule.slices, schedule.sizes, strict=True)
     return [to_grid(positions[:, at], size, schedule.cell) for at, size in places]
-
-
-def _likelihood(against: Tensor) -> Tensor:
-    """Mean log-likelihood (B,) of bits by what is held against them (B, L, K)."""
-    return -F.softplus(against).flatten(1).mean(1)
 
 
 def _requantised(latent: Tensor, schedule: Schedule, bits: Sequence[Tensor], turned: Sequence[Tensor]) -> list[Tensor]:

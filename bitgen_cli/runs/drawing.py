@@ -241,9 +241,9 @@ def draw(
 
 
 def _refined_facts(refined: Refined) -> list[dict[str, Any]]:
-    """Of each picture: bits changed of each scale, and the mean log-likelihood of those looked at, before and after."""
-    rows = zip(refined.changed.tolist(), refined.before.tolist(), refined.after.tolist(), strict=True)
+    """Of each picture: bits changed of each scale, and the mean log-likelihood of a bit at the start of each round."""
+    rows = zip(refined.changed.tolist(), refined.likelihood.tolist(), strict=True)
     return [
-        {"bits_changed": changed, "log_likelihood": [round(before, 4), round(after, 4)]}
-        for changed, before, after in rows
+        {"bits_changed": changed, "log_likelihood": [round(found, 4) for found in likelihood if found == found]}
+        for changed, likelihood in rows
     ]

@@ -421,5 +421,7 @@ def _tell_refined(refined: Sequence[dict[str, Any]], report: Report) -> None:
     if not refined:
         return
     changed = sum(sum(one["bits_changed"]) for one in refined)
-    before, after = (sum(one["log_likelihood"][at] for one in refined) / len(refined) for at in (0, 1))
-    report.notice(f"refined: {changed} bits changed; log-likelihood of a bit {before:.3f}, now {after:.3f}")
+    first, last = (sum(one["log_likelihood"][at] for one in refined) / len(refined) for at in (0, -1))
+    rounds = max(len(one["log_likelihood"]) for one in refined)
+    then = f", and {last:.3f} when the last round began" if rounds > 1 else ""
+    report.notice(f"refined: {changed} bits changed; log-likelihood of a bit was {first:.3f}{then}")

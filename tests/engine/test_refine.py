@@ -61,7 +61,7 @@ def test_prompts_that_were_read_need_not_be_read_again(demo: Model, text: TextFe
         condition = demo.transformer.condition(text)
     own, other = (refine(demo.transformer, prompts, scales, broken, 2) for prompts in (text, condition))
     assert all(map(torch.equal, own.bits, other.bits))
-    assert torch.equal(own.after, other.after)
+    assert torch.equal(own.likelihood, other.likelihood)
 
 
 def test_damage_is_mended(demo: Model, text: TextFeatures, scales: Schedule) -> None:
@@ -76,7 +76,7 @@ def test_damage_is_mended(demo: Model, text: TextFeatures, scales: Schedule) -> 
 
     assert wrong(found.bits, 3) < 0.5 * wrong(broken, 3)
     assert wrong(found.bits, 4) < wrong(broken, 4)
-    assert (found.after > found.before + 0.05).all()
+    assert (found.likelihood[:, 1] > found.likelihood[:, 0] + 0.05).all()
     assert found.changed.tolist() == [
         [int((a[row] != b[row]).sum()) for a, b in zip(found.bits, broken, strict=True)] for row in range(3)
     ]
@@ -112,15 +112,17 @@ def test_only_unlikely_bits_are_turned_over(patchify: bool) -> None:
 
 
 def test_the_likelihood_told_is_that_of_the_bits(demo: Model, text: TextFeatures, scales: Schedule) -> None:
-    """After the last round it is what another round finds at its start, where the last one has changed nothing."""
+    """Of each round at its start, until one has found nothing: then no number follows."""
     assert demo.transformer is not None
     broken = damaged(drawn(demo, text, scales).bits, 0.1)
-    first = refine(demo.transformer, text, scales, broken, 16)
-    again = refine(demo.transformer, text, scales, first.bits, 1)
-    assert (first.after > first.before).all()
-    assert again.before.shape == (3,)
-    settled = again.changed.sum(1) == 0
-    assert torch.allclose(again.before[settled], first.after[settled], atol=1e-5), "rounded as other sums are"
+    whole = refine(demo.transformer, text, scales, broken, 16).likelihood
+    for rounds in range(1, whole.shape[1]):
+        before = refine(demo.transformer, text, scales, broken, rounds)
+        again = refine(demo.transformer, text, scales, before.bits, 1).likelihood[:, 0]
+        going_on = ~whole[:, rounds].isnan()
+        assert torch.allclose(again[going_on], whole[going_on, rounds], atol=1e-5), "rounded as other sums are"
+    assert whole.isnan().any()
+    assert not whole[:, 0].isnan().any()
 
 
 def test_generate_refines(demo: Model, text: TextFeatures, scales: Schedule) -> None:
