@@ -422,7 +422,11 @@ def _open(folder: Path) -> SavedCheckpoint:
         raise InputError(f"{folder / 'state.json'} does not describe a checkpoint") from error
     for name, size in sizes.items():
         file = folder / name
-        if not file.is_file() or file.stat().st_size != size:
+        try:
+            whole = file.is_file() and file.stat().st_size == size
+        except (OSError, ValueError):  # a name that no file can have
+            whole = False
+        if not whole:
             raise InputError(f"{file} is half written or missing")
     if not found.sharded:
         for name in sizes:

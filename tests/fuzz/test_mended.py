@@ -56,6 +56,10 @@ REFUSED = {
         "metadata.jsonl",
         lambda seed: json.dumps({"file_name": "x" * 5000, "text": "a"}).encode(),
     ),
+    "a checkpoint of files whose names no file can have": (
+        "checkpoint",
+        lambda seed: _changed(seed, "files", to={"x" * 5000: 3}),
+    ),
     "a vocabulary that cannot say what it does not know": (
         "vocabulary",
         lambda seed: _changed(seed, "model", "unk_token", to="<un>"),
