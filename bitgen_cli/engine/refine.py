@@ -2,7 +2,8 @@
 
 The model has learned to go on from pictures with wrong bits (self_correction.py), so one teacher-forced pass tells for
 every bit how likely it is after what the coarser scales hold. The next round looks at them anew, after what has
-changed. Of a picture that was tokenized, later scales are quantised anew after each round.
+changed, and with guidance, which sees more and takes twice the time. Of a picture that was tokenized, later scales are
+quantised anew after each round.
 Source: the training is Infinity's bitwise self-correction (arXiv 2412.04431); this use of it is ours.
 """
 
@@ -35,8 +36,8 @@ class Refined:
     Attributes:
         bits: per scale (B, d, h, w) bool.
         changed: (B, scales) bits that are not what they were.
-        likelihood: (B, rounds) mean log-likelihood of a bit in nats, as each round found it at its start; NaN in rounds
-            after one that found nothing more to change in the picture.
+        likelihood: (B, rounds) mean log-likelihood of a bit in nats without guidance, as each round found it at its
+            start; NaN in rounds after one that found nothing more to change in the picture.
     """
 
     bits: list[Tensor]
@@ -52,6 +53,8 @@ def refine(
     bits: Sequence[Tensor],
     rounds: int,
     *,
+    both: TextFeatures | Condition | None = None,
+    guidance: float = 1.0,
     where: Sequence[Tensor] | None = None,
     latent: Tensor | None = None,
 ) -> Refined:
@@ -61,10 +64,12 @@ def refine(
 
     Args:
         transformer: in evaluation mode.
-        text: B prompts, or what the transformer has made of them; without guidance, which would double the work.
+        text: B prompts, or what the transformer has made of them.
         schedule: scales of the pictures.
         bits: per scale (B, d, h, w) bool.
         rounds: at most so many times, 1 or more.
+        both: the same of those prompts and of B to guide away from, for all rounds but the first; None guides none.
+        guidance: of the logits then.
         where: per scale (1, 1, h, w) bool, positions that may change; None is all.
         latent: (B, d, H, W) what the bits were quantised from. Later scales are then quantised anew after what has been
             turned over, so that the sum stays near it. Bits that were drawn have none: they are what is meant, and
@@ -79,14 +84,16 @@ def refine(
     settled = torch.zeros(len(start), dtype=torch.bool, device=start.device)
     likelihoods = []
     for number in range(rounds):
-        against = _against(transformer, text, schedule, now)
+        prompts = text if number == 0 or both is None else both
+        against, unguided = _against(transformer, prompts, schedule, now, guidance)
         unlikely = against > sure + number * SURER
         unlikely = unlikely if may_change is None else unlikely & may_change
-        likelihood = -F.softplus(against).flatten(1).mean(1)
+        likelihood = -F.softplus(unguided).flatten(1).mean(1)
         likelihoods.append(likelihood.masked_fill(settled, torch.nan))
-        settled = settled | ~unlikely.flatten(1).any(1)
-        if settled.all():
-            break
+        if number > 0 or both is None:  # later rounds look as this one, and ask for more
+            settled = settled | ~unlikely.flatten(1).any(1)
+            if settled.all():
+                break
         now, turned = now ^ unlikely, turned | unlikely
         if latent is not None:
             grids = (_grids(positions, schedule) for positions in (now, turned))
@@ -126,14 +133,23 @@ def _requantised(latent: Tensor, schedule: Schedule, bits: Sequence[Tensor], tur
 
 
 def _against(
-    transformer: Predictor, text: TextFeatures | Condition, schedule: Schedule, bits: Tensor
-) -> Tensor:
-    """What the model holds against bits (B, L, K): the logit of the other value minus that of this one, (B, L, K)."""
+    transformer: Predictor, text: TextFeatures | Condition, schedule: Schedule, bits: Tensor, guidance: float
+) -> tuple[Tensor, Tensor]:
+    """What the model holds against bits (B, L, K): the logit of the other value minus that of this one.
+
+    Args: as `refine`; `text` has B rows, or 2B for guidance.
+
+    Returns:
+        (B, L, K), and the same without guidance.
+    """
     every = transformer.bits_per_position
     seen = pyramid.inputs_from_bits(_grids(bits, schedule), schedule)
     nothing = torch.zeros(len(bits), 0, bits.shape[-1], device=bits.device)
     inputs = widened_positions(_positions(seen, schedule.cell) if seen else nothing, every)
-    logits = logits_in_use(transformer(inputs, text, schedule), bits.shape[-1])
-    pairs = torch.unflatten(logits, -1, (-1, 2))
+    rows = len(text.pooled if isinstance(text, Condition) else text.lengths)
+    logits = transformer(inputs.repeat(rows // len(bits), 1, 1), text, schedule)
+    pairs = torch.unflatten(logits_in_use(logits, bits.shape[-1]), -1, (-1, 2))
     of_one = pairs[..., 1] - pairs[..., 0]
-    return torch.where(bits, -of_one, of_one)
+    conditional, unconditional = of_one.chunk(2) if rows > len(bits) else (of_one, of_one)
+    guided = torch.lerp(unconditional, conditional, guidance) if rows > len(bits) else of_one
+    return torch.where(bits, -guided, guided), torch.where(bits, -conditional, conditional)

@@ -158,7 +158,7 @@ class Drawn:
         bits: per scale (B, d, h, w) bool.
         total: their quantised sum (B, d, H, W) float32.
         refined: what refinement has changed, where there was any.
-        condition: what became of the prompts, where refinement needs it.
+        condition: what became of the prompts, and of those that are guided away from, where refinement needs it.
     """
 
     bits: list[Tensor]
@@ -208,7 +208,7 @@ def draw_bits(
     last_guided = max(guided_scales, default=-1)
     if guided_scales:
         text = TextFeatures.join([text, negative or transformer.null_features(text.lengths)])
-    condition = transformer.condition(text)
+    condition = whole = transformer.condition(text)
     cache = transformer.new_cache(len(text.lengths), schedule, counts)
     total: Tensor | None = None
     before: Tensor | None = None
@@ -247,7 +247,7 @@ def draw_bits(
         if on_scale is not None:
             on_scale(k)
     assert total is not None
-    return Drawn(grids, total, condition=condition.first(batch) if plan.refine else None)
+    return Drawn(grids, total, condition=whole if plan.refine else None)
 
 
 @dataclass(frozen=True)
@@ -299,10 +299,33 @@ def generate(
     if plan.refine:
         where = given.drawn if given is not None and given.draws else None
         latent = given.latent if given is not None and where is None else None
-        prompts = drawn.condition or text
-        refined = refine(transformer, prompts, schedule, drawn.bits, plan.refine, where=where, latent=latent)
+        guidance = max(plan.cfg)
+        prompts, both = _read_prompts(transformer, text, negative, drawn, guidance)
+        refined = refine(
+            transformer,
+            prompts,
+            schedule,
+            drawn.bits,
+            plan.refine,
+            both=both,
+            guidance=guidance,
+            where=where,
+            latent=latent,
+        )
         drawn = Drawn(refined.bits, pyramid.decode(refined.bits, schedule), refined)
     dtype = next(tokenizer.parameters()).dtype
     # one at a time: convolutions of a batch round differently, and a picture must not depend on its company
     images = [tokenizer.decode(total, in_bands=in_bands).float() for total in torch.split(drawn.total.to(dtype), 1)]
     return torch.cat(images), drawn
+
+
+def _read_prompts(
+    transformer: Predictor, text: TextFeatures, negative: TextFeatures | None, drawn: Drawn, guidance: float
+) -> tuple[TextFeatures | Condition, TextFeatures | Condition | None]:
+    """What refinement looks at bits by: the prompts, and with those that are guided away from; read, if they were."""
+    if (whole := drawn.condition) is not None:
+        batch = len(text.lengths)
+        return whole.first(batch), whole if len(whole.pooled) > batch else None
+    if guidance == 1:
+        return text, None
+    return text, TextFeatures.join([text, negative or transformer.null_features(text.lengths)])

@@ -1,6 +1,6 @@
 """What refinement mends: the demo model's pictures with a tenth of their bits turned over, and as they were drawn.
 
-    python -m tests.benchmarks.refine [--pictures 200] [--rounds 1] [--seed 0]
+    python -m tests.benchmarks.refine [--pictures 200] [--rounds 2] [--seed 0]
 
 Pictures of triples that are never trained on. Damage turns over 10 % of the bits of all scales but the first, at
 random. Adherence is the share of pictures whose class, colour and place a classifier names as asked for; what is
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from bitgen_cli.engine.model_folder import find_model, load_model
 from bitgen_cli.engine.refine import refine
 from bitgen_cli.engine.sampling import draw_bits, plan
 from bitgen_cli.engine.scales import Schedule, schedule
-from bitgen_cli.engine.transformer import TextFeatures, Transformer
+from bitgen_cli.engine.transformer import Condition, TextFeatures, Transformer
 from bitgen_cli.runs.placement import AT_ONCE
 from tests.benchmarks.demo_quality import Score, picture_seeds
 from tests.benchmarks.judge import load_or_train
@@ -68,7 +69,7 @@ def seconds(works: list[Callable[[int], object]], batches: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pictures", type=int, default=200, metavar="N")
-    parser.add_argument("--rounds", type=int, default=1, metavar="N")
+    parser.add_argument("--rounds", type=int, default=2, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     judge, model = load_or_train().judge, load_model(find_model("demo"))
@@ -91,40 +92,67 @@ def main() -> None:
 
     drawn = draw_bits(transformer, text, sizes, how, seeds).bits
     broken = damaged(drawn, given.seed)
-    mended, kept = (refine(transformer, text, sizes, bits, given.rounds) for bits in (broken, drawn))
-    print("| pictures | as asked for | log-likelihood of a bit | bits changed of each scale |\n|---|---|---|---|")
-    found = {}
-    for name, bits, before in (
-        ("as drawn", drawn, drawn),
-        ("as drawn, refined", kept.bits, drawn),
-        ("damaged", broken, drawn),
-        ("damaged, refined", mended.bits, broken),
-    ):
+    guidance = max(how.cfg)
+    null = transformer.null_features(text.lengths)
+
+    def refined(bits: list[Tensor], rounds: int) -> list[Tensor]:
+        both = TextFeatures.join([text, null])
+        return refine(transformer, text, sizes, bits, rounds, both=both, guidance=guidance).bits
+
+    print("| pictures | as asked for | recovered | log-likelihood of a bit | bits changed of each scale |")
+    print("|---|---|---|---|---|")
+    found: dict[str, float] = {}
+
+    def show(name: str, bits: list[Tensor], before: list[Tensor]) -> None:
         found[name] = adherence(bits)
         changed = ", ".join(f"{(a != b).float().mean():.1%}" for a, b in zip(bits, before, strict=True))
         likely = likelihood(transformer, text, sizes, bits)
-        print(f"| {name} | {found[name]:.1%} | {likely:.4f} | {changed} |", flush=True)
-    lost = found["as drawn"] - found["damaged"]
-    if lost > 0:
-        print(f"\nrecovered: {(found['damaged, refined'] - found['damaged']) / lost:.0%} of what damage took")
+        lost = found["as drawn"] - found.get("damaged", found["as drawn"])
+        share = f"{(found[name] - found['damaged']) / lost:.0%}" if lost > 0 and name != "damaged" else ""
+        print(f"| {name} | {found[name]:.1%} | {share} | {likely:.4f} | {changed} |", flush=True)
 
-    print("\n| at once | drawing again | refining | of it | with prompts to read | of it |\n|---|---|---|---|---|---|")
+    show("as drawn", drawn, drawn)
+    for rounds in range(1, given.rounds + 1):
+        show(f"as drawn, --refine {rounds}", refined(drawn, rounds), drawn)
+    show("damaged", broken, drawn)
+    for rounds in range(1, given.rounds + 1):
+        show(f"damaged, --refine {rounds}", refined(broken, rounds), broken)
+
+    print("\n| at once | drawing again | rounds | refining | of it | with prompts to read | of it |")
+    print("|---|---|---|---|---|---|---|")
+    rows = [row[:length] for row, length in zip(text.features, text.lengths, strict=True)]
     for together in (1, AT_ONCE):
-        starts = range(0, len(seeds) - together + 1, together)[:TIMED]
-        places = [slice(start, start + together) for start in starts]
-        rows = [row[:length] for row, length in zip(text.features, text.lengths, strict=True)]
-        prompts = [TextFeatures.from_rows(rows[at]) for at in places]
+        places = [slice(start, start + together) for start in range(0, len(rows) - together + 1, together)][:TIMED]
+        own = [TextFeatures.from_rows(rows[at]) for at in places]
+        both = [TextFeatures.join([some, transformer.null_features(some.lengths)]) for some in own]
         parts = [[grid[at] for grid in broken] for at in places]
         with torch.inference_mode():
-            read = [transformer.condition(own) for own in prompts]
-        work: list[Callable[[int], object]] = [
-            lambda n, own=prompts, at=places: draw_bits(transformer, own[n], sizes, how, seeds[at[n]]),  # type: ignore[misc]
-            lambda n, own=read, bits=parts: refine(transformer, own[n], sizes, bits[n], given.rounds),  # type: ignore[misc]
-            lambda n, own=prompts, bits=parts: refine(transformer, own[n], sizes, bits[n], given.rounds),  # type: ignore[misc]
-        ]
-        again, drawn_before, given_now = seconds(work, len(places))
-        print(f"| {together} | {1e3 * again:.0f} ms | {1e3 * drawn_before:.0f} ms | {drawn_before / again:.2f} | "
-              f"{1e3 * given_now:.0f} ms | {given_now / again:.2f} |", flush=True)  # fmt: skip
+            read = [transformer.condition(some) for some in both]
+
+        def draw(n: int, own: list[TextFeatures] = own, at: list[slice] = places) -> None:
+            draw_bits(transformer, own[n], sizes, how, seeds[at[n]])
+
+        work: list[Callable[[int], object]] = [draw]
+        for rounds in range(1, given.rounds + 1):
+            again = partial(_refine, transformer, sizes, parts, rounds, guidance)
+            work += [partial(again, [one.first(together) for one in read], read), partial(again, own, both)]
+        whole, *others = seconds(work, len(places))
+        for rounds, (known, unknown) in enumerate(zip(others[::2], others[1::2], strict=True), 1):
+            print(f"| {together} | {1e3 * whole:.0f} ms | {rounds} | {1e3 * known:.0f} ms | {known / whole:.2f} | "
+                  f"{1e3 * unknown:.0f} ms | {unknown / whole:.2f} |", flush=True)  # fmt: skip
+
+
+def _refine(
+    transformer: Transformer,
+    sizes: Schedule,
+    parts: list[list[Tensor]],
+    rounds: int,
+    guidance: float,
+    own: Sequence[TextFeatures | Condition],
+    both: Sequence[TextFeatures | Condition],
+    number: int,
+) -> None:
+    refine(transformer, own[number], sizes, parts[number], rounds, both=both[number], guidance=guidance)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,28 @@ def test_prompts_that_were_read_need_not_be_read_again(demo: Model, text: TextFe
     assert torch.equal(own.likelihood, other.likelihood)
 
 
+def test_later_rounds_are_guided(demo: Model, text: TextFeatures, scales: Schedule) -> None:
+    """They look as drawing does, and mend what the first has left; the first is the same with guidance and without."""
+    assert demo.transformer is not None
+    whole = drawn(demo, text, scales).bits
+    broken = damaged(whole, 0.1)
+    both = TextFeatures.join([text, demo.transformer.null_features(text.lengths)])
+    once, plain, guided = (
+        refine(demo.transformer, text, scales, broken, rounds, both=prompts, guidance=3.0)
+        for rounds, prompts in ((1, both), (2, None), (2, both))
+    )
+    assert all(map(torch.equal, once.bits, refine(demo.transformer, text, scales, broken, 1).bits))
+    assert torch.equal(plain.likelihood[:, 0], guided.likelihood[:, 0])
+
+    def wrong(bits: list[Tensor]) -> int:
+        return sum(int((a != b).sum()) for a, b in zip(bits, whole, strict=True))
+
+    assert wrong(guided.bits) < wrong(plain.bits)
+    read = demo.transformer.condition(both)
+    again = refine(demo.transformer, text, scales, broken, 2, both=read, guidance=3.0)
+    assert all(map(torch.equal, again.bits, guided.bits))
+
+
 def test_damage_is_mended(demo: Model, text: TextFeatures, scales: Schedule) -> None:
     """Most of the damage to coarse scales goes, and the picture becomes likelier."""
     assert demo.transformer is not None
