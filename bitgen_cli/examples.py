@@ -21,7 +21,7 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
     "sample": (
         Example('bitgen sample "a red dog on the moon" -n 4 --seed 1 --grid', "four pictures, and all of them as one"),
         Example('bitgen sample "a cat" --cfg 4 --tau 0.7 --output cat.png', "closer to the prompt, and safer"),
-        Example("bitgen sample --recipe cat.png --seed 5", "the same picture but for its seed"),
+        Example('bitgen sample "a dog" --from cat.png --mask 8,8,48,48', "a part drawn anew, the rest kept"),
         Example("bitgen sample --prompts prompts.txt --output out/", "a picture for every line of a file"),
     ),
     "tokenize": (
