@@ -9,7 +9,7 @@ scale: what it takes, and what it cannot be faster than: its products at the rat
 (arithmetic), or reading the weights and the cache at the rate it copies with (memory), whichever is more.
 
 `memory` writes a model folder with random weights and runs `bitgen sample` with no more than --limit GiB of a GPU's
-memory, less what the program itself takes of a card; and with all of it, whose picture must be the same.
+memory, less what the program itself takes of a card; and with all of it: how many bits, and how far pixels differ.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import Predictor, TextFeatures, Transformer
 from bitgen_cli.presets import resolve
 from bitgen_cli.report import Silent
+from bitgen_cli.runs.carried_bits import DIGEST
 from bitgen_cli.runs.jobs import SampleOptions
+from bitgen_cli.runs.recipe_file import carried
 from bitgen_cli.runs.sample import sample
 from tests.benchmarks.sampling import GUIDANCE, PROMPT_LENGTH, plain_draw
 
@@ -204,7 +206,7 @@ def memory(config: Config, limit: float, device: torch.device) -> None:
         start = time.perf_counter()
         save_random(folder, config, device)
         print(f"{config.name} with random weights, written in {time.perf_counter() - start:.0f} s", flush=True)
-        pictures = []
+        pictures, bits = [], []
         for offload, allowed in (("auto", limit - CONTEXT), ("none", None)):
             give_back(device)
             if device.type == "cuda":
@@ -216,6 +218,7 @@ def memory(config: Config, limit: float, device: torch.device) -> None:
             options = SampleOptions(
                 prompts=("a red dog on the moon",), model=str(folder), seed=1, offload=offload, device=device.type,
                 dtype="bf16" if device.type == "cuda" else "fp32", text_cache=False, output=str(target),
+                overwrite=True, embed_bits=True,
             )  # fmt: skip
             for _ in range(2):
                 start = time.perf_counter()
@@ -225,8 +228,11 @@ def memory(config: Config, limit: float, device: torch.device) -> None:
                 print(f"  tensors {torch.cuda.max_memory_allocated() / GIB:.2f} GiB, "
                       f"held {torch.cuda.max_memory_reserved() / GIB:.2f} GiB", flush=True)  # fmt: skip
             pictures.append(levels(target))
+            bits.append((carried(target.read_bytes(), str(target))[1] or b"")[DIGEST:])
         apart = (pictures[0] - pictures[1]).abs()
-        print(f"pictures differ by {apart.max():.0f} levels at most, {apart.mean():.5f} on average")
+        differ = sum((a ^ b).bit_count() for a, b in zip(*bits, strict=True))
+        print(f"{differ} of {8 * len(bits[0])} bits differ; pictures by {apart.max():.0f} levels at most, "
+              f"{apart.mean():.5f} on average")  # fmt: skip
 
 
 def levels(file: Path) -> torch.Tensor:
