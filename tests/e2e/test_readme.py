@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 GENERATED = "reference.md"
 """Its examples stand for themselves: tests/cli/test_examples.py sees to them."""
-SMALLER = {"world:40000": "world:300", "--steps 500": "--steps 1", "--count 100": "--count 6"}
+SMALLER = {"world:40000": "world:120", "--steps 500": "--steps 1", "--count 100": "--count 4"}
 """The only changes to a command: fewer pictures and steps, so that nobody waits for them."""
 LESS_WORK = {
     "BITGEN_TRAINING__TOKENIZER__STEPS": "2",
