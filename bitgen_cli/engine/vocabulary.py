@@ -127,5 +127,8 @@ def _read(file: Path) -> Vocabulary:
         vocabulary = Vocabulary.from_file(str(file))
         vocabulary.encode(UNKNOWABLE)  # one that has no entry for what it does not know says so only then
         return vocabulary
-    except Exception as error:  # tokenizers raises bare Exception for files it cannot parse
+    except BaseException as error:
+        # tokenizers raises bare Exception for files it cannot parse, and none at all where it gives up on one
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InputError(f"{file} is not a tokenizer file: {error}") from error

@@ -60,6 +60,10 @@ REFUSED = {
         "checkpoint",
         lambda seed: _changed(seed, "files", to={"x" * 5000: 3}),
     ),
+    "a vocabulary that puts together what it has not": (
+        "vocabulary",
+        lambda seed: _changed(seed, "model", "merges", to=[["h", "e"], ["/etc/passwd", "n"]]),
+    ),
     "a vocabulary that cannot say what it does not know": (
         "vocabulary",
         lambda seed: _changed(seed, "model", "unk_token", to="<un>"),
