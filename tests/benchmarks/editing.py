@@ -24,6 +24,7 @@ from bitgen_cli.engine.model_folder import find_model, load_model
 from bitgen_cli.engine.refine import refine
 from bitgen_cli.engine.sampling import draw_bits, plan
 from bitgen_cli.engine.scales import schedule
+from bitgen_cli.engine.transformer import TextFeatures
 from tests.benchmarks.demo_quality import Score, picture_seeds
 from tests.benchmarks.judge import load_or_train
 
@@ -71,11 +72,13 @@ def main() -> None:
     old = draw_bits(transformer, text, sizes, how, seeds).bits
     middle = Given(old, drawn_positions(sizes, latent_mask(pixels, sizes)))
     masked = draw_bits(transformer, new_text, sizes, how, others, given=middle).bits
+    both = TextFeatures.join([new_text, transformer.null_features(new_text.lengths)])
+    mended = refine(transformer, new_text, sizes, masked, 2, both=both, guidance=max(how.cfg))
     found = {
         "as drawn, by its own prompt": (old, scenes),
         "as drawn, by the new one": (old, asked),
         "middle drawn anew": (masked, asked),
-        "and refined": (refine(transformer, new_text, sizes, masked, 2).bits, asked),
+        "and refined": (mended.bits, asked),
         "drawn anew as a whole": (draw_bits(transformer, new_text, sizes, how, others).bits, asked),
     }
     before = images(old)
