@@ -17,16 +17,11 @@ import torch
 from torch import Tensor
 
 from bitgen_cli.demo import world
-from bitgen_cli.engine import pyramid
-from bitgen_cli.engine.data import to_uint8
 from bitgen_cli.engine.editing import Given, drawn_positions, latent_mask
-from bitgen_cli.engine.model_folder import find_model, load_model
 from bitgen_cli.engine.refine import refine
-from bitgen_cli.engine.sampling import draw_bits, plan
-from bitgen_cli.engine.scales import schedule
+from bitgen_cli.engine.sampling import draw_bits
 from bitgen_cli.engine.transformer import TextFeatures
-from tests.benchmarks.demo_quality import Score, picture_seeds
-from tests.benchmarks.judge import load_or_train
+from tests.benchmarks.demo_pictures import DemoPictures, read
 
 EDGE = 8
 """Pixels at each side that are outside the mask."""
@@ -47,29 +42,14 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=200, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    judge, model = load_or_train().judge, load_model(find_model("demo"))
-    transformer, tokenizer, encoder = model.transformer, model.tokenizer, model.text_encoder
-    assert transformer is not None
-    assert tokenizer is not None
-    assert encoder is not None
-    decode = tokenizer.decode
-    scenes = (world.scenes(held_out=True) * given.pictures)[: given.pictures]
+    demo = DemoPictures.prepare(given.pictures, given.seed)
+    transformer, sizes, how, scenes = demo.transformer, demo.sizes, demo.how, demo.scenes
     asked = [other(scene, number) for number, scene in enumerate(scenes)]
-    seeds = [seed + given.seed for seed in picture_seeds(0, len(scenes))]
-    others = [seed + 1_000_000 for seed in seeds]
-    sizes = schedule(model.config.scales, patchify=False)
-    how = plan(model.sampling, len(sizes))
-    with torch.inference_mode():
-        text, new_text = (encoder.encode([str(scene) for scene in some]) for some in (scenes, asked))
-
-    @torch.inference_mode()
-    def images(bits: list[Tensor]) -> Tensor:
-        return to_uint8(torch.cat([decode(one) for one in torch.split(pyramid.decode(bits, sizes), 1)]))
-
-    size = sizes.pixels(model.config.tokenizer.patch_size)
-    pixels = torch.zeros(size, dtype=torch.bool)
+    others = [seed + 1_000_000 for seed in demo.seeds]
+    new_text = read(demo.encoder, asked)
+    pixels = torch.zeros(demo.pixels, dtype=torch.bool)
     pixels[EDGE:-EDGE, EDGE:-EDGE] = True
-    old = draw_bits(transformer, text, sizes, how, seeds).bits
+    old = demo.draw()
     middle = Given(old, drawn_positions(sizes, latent_mask(pixels, sizes)))
     masked = draw_bits(transformer, new_text, sizes, how, others, given=middle).bits
     both = TextFeatures.join([new_text, transformer.null_features(new_text.lengths)])
@@ -81,16 +61,14 @@ def main() -> None:
         "and refined": (mended.bits, asked),
         "drawn anew as a whole": (draw_bits(transformer, new_text, sizes, how, others).bits, asked),
     }
-    before = images(old)
+    before = demo.images(old)
     print("| pictures | class | colour | place | all three | edge differs by | all differs by |")
     print("|---|---|---|---|---|---|---|")
 
     def show(name: str, bits: list[Tensor], wanted: list[world.Scene]) -> None:
-        after = images(bits)
-        shares = Score.of(judge, after, wanted).shares()
-        apart = (after.float() - before.float()).abs()
+        apart = (demo.images(bits).float() - before.float()).abs()
         levels = f"{apart[..., ~pixels].mean():.1f} | {apart.mean():.1f}"
-        told = " | ".join(f"{share:.1%}" for share in shares.values())
+        told = " | ".join(f"{share:.1%}" for share in demo.shares(bits, wanted).values())
         print(f"| {name} | {told} | {levels} |", flush=True)
 
     for name, (bits, wanted) in found.items():
@@ -98,7 +76,7 @@ def main() -> None:
     for keep in range(len(sizes) - 1, 0, -1):
         kept = Given(old, drawn_positions(sizes, None, keep))
         show(f"varied, {keep} of {len(sizes)} scales kept", draw_bits(
-            transformer, text, sizes, how, others, given=kept).bits, scenes)  # fmt: skip
+            transformer, demo.text, sizes, how, others, given=kept).bits, scenes)  # fmt: skip
 
 
 if __name__ == "__main__":

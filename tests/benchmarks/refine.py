@@ -1,11 +1,11 @@
 """What refinement mends: the demo model's pictures with a tenth of their bits turned over, and as they were drawn.
 
-    python -m tests.benchmarks.refine [--pictures 200] [--rounds 2] [--seed 0]
+    python -m tests.benchmarks.refine [--pictures 200] [--rounds 2] [--seed 0] [--device cuda]
 
 Pictures of triples that are never trained on. Damage turns over 10 % of the bits of all scales but the first, at
 random. Adherence is the share of pictures whose class, colour and place a classifier names as asked for; what is
 recovered is told as a share of what damage took. Log-likelihood is that of all bits, of a pass over all scales. Time is
-processor time of this process for one picture and for eight at once: drawing again, against refining what was just
+what the fastest of many takes, for one picture and for eight at once: drawing again, against refining what was just
 drawn (`--refine`: its prompt has been read), and what was not (`--from PICTURE --refine`).
 """
 
@@ -20,18 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitgen_cli.demo import world
 from bitgen_cli.engine import pyramid
 from bitgen_cli.engine.bits import to_positions
-from bitgen_cli.engine.data import to_uint8
-from bitgen_cli.engine.model_folder import find_model, load_model
 from bitgen_cli.engine.refine import refine
-from bitgen_cli.engine.sampling import draw_bits, plan
-from bitgen_cli.engine.scales import Schedule, schedule
+from bitgen_cli.engine.sampling import draw_bits
+from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.transformer import Condition, TextFeatures, Transformer
 from bitgen_cli.runs.placement import AT_ONCE
-from tests.benchmarks.demo_quality import Score, picture_seeds
-from tests.benchmarks.judge import load_or_train
+from tests.benchmarks.demo_pictures import DemoPictures
+from tests.benchmarks.published import wait
 
 DAMAGE = 0.1
 """Share of the bits that are turned over."""
@@ -42,7 +39,9 @@ TIMED = 60
 def damaged(bits: list[Tensor], seed: int) -> list[Tensor]:
     """The bits with some of those of all scales but the first turned over."""
     generator = torch.Generator().manual_seed(seed)
-    return [grid ^ (torch.rand(grid.shape, generator=generator) < DAMAGE * (k > 0)) for k, grid in enumerate(bits)]
+    rates = [DAMAGE * (k > 0) for k in range(len(bits))]
+    flips = (torch.rand(grid.shape, generator=generator) < rate for grid, rate in zip(bits, rates, strict=True))
+    return [grid ^ flip.to(grid.device) for grid, flip in zip(bits, flips, strict=True)]
 
 
 @torch.inference_mode()
@@ -55,14 +54,15 @@ def likelihood(transformer: Transformer, text: TextFeatures, sizes: Schedule, bi
     return float(F.logsigmoid(torch.where(values > 0, of_one, -of_one)).mean())
 
 
-def seconds(works: list[Callable[[int], object]], batches: int) -> list[float]:
-    """Processor time of each piece of work: that of the fastest batch, after one to warm up."""
+def seconds(works: list[Callable[[int], object]], batches: int, device: torch.device) -> list[float]:
+    """Time of each piece of work: that of the fastest batch, after one to warm up."""
     found = [float("inf")] * len(works)
     for index in range(-1, batches):
         for number, work in enumerate(works):
-            start = time.process_time()
+            start = time.perf_counter()
             work(max(0, index))
-            found[number] = min(found[number], time.process_time() - start) if index >= 0 else found[number]
+            wait(device)
+            found[number] = min(found[number], time.perf_counter() - start) if index >= 0 else found[number]
     return found
 
 
@@ -71,26 +71,11 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=200, metavar="N")
     parser.add_argument("--rounds", type=int, default=2, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
-    judge, model = load_or_train().judge, load_model(find_model("demo"))
-    transformer, tokenizer, encoder = model.transformer, model.tokenizer, model.text_encoder
-    assert transformer is not None
-    assert tokenizer is not None
-    assert encoder is not None
-    decode = tokenizer.decode
-    scenes = (world.scenes(held_out=True) * given.pictures)[: given.pictures]
-    seeds = [seed + given.seed for seed in picture_seeds(0, len(scenes))]
-    sizes = schedule(model.config.scales, patchify=False)
-    how = plan(model.sampling, len(sizes))
-    with torch.inference_mode():
-        text = encoder.encode([str(scene) for scene in scenes])
-
-    @torch.inference_mode()
-    def adherence(bits: list[Tensor]) -> float:
-        images = [decode(one) for one in torch.split(pyramid.decode(bits, sizes), 1)]
-        return Score.of(judge, to_uint8(torch.cat(images)), scenes).shares()["all three"]
-
-    drawn = draw_bits(transformer, text, sizes, how, seeds).bits
+    demo = DemoPictures.prepare(given.pictures, given.seed, given.device)
+    transformer, text, sizes, how, seeds = demo.transformer, demo.text, demo.sizes, demo.how, demo.seeds
+    drawn = demo.draw()
     broken = damaged(drawn, given.seed)
     guidance = max(how.cfg)
     null = transformer.null_features(text.lengths)
@@ -104,7 +89,7 @@ def main() -> None:
     found: dict[str, float] = {}
 
     def show(name: str, bits: list[Tensor], before: list[Tensor]) -> None:
-        found[name] = adherence(bits)
+        found[name] = demo.shares(bits)["all three"]
         changed = ", ".join(f"{(a != b).float().mean():.1%}" for a, b in zip(bits, before, strict=True))
         likely = likelihood(transformer, text, sizes, bits)
         lost = found["as drawn"] - found.get("damaged", found["as drawn"])
@@ -136,7 +121,7 @@ def main() -> None:
         for rounds in range(1, given.rounds + 1):
             again = partial(_refine, transformer, sizes, parts, rounds, guidance)
             work += [partial(again, [one.first(together) for one in read], read), partial(again, own, both)]
-        whole, *others = seconds(work, len(places))
+        whole, *others = seconds(work, len(places), transformer.device)
         for rounds, (known, unknown) in enumerate(zip(others[::2], others[1::2], strict=True), 1):
             print(f"| {together} | {1e3 * whole:.0f} ms | {rounds} | {1e3 * known:.0f} ms | {known / whole:.2f} | "
                   f"{1e3 * unknown:.0f} ms | {unknown / whole:.2f} |", flush=True)  # fmt: skip
