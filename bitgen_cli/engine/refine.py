@@ -42,11 +42,14 @@ class Refined:
         changed: (B, scales) bits that are not what they were.
         likelihood: (B, rounds) mean log-likelihood of a bit in nats without guidance, as each round found it at its
             start; NaN in rounds after one that found nothing more to change in the picture.
+        gain: (B,) by how much it has risen: to what the last round found, and there by the bits it turned over, each
+            after the coarser scales as it saw them. What they change for finer scales the next round would tell.
     """
 
     bits: list[Tensor]
     changed: Tensor
     likelihood: Tensor
+    gain: Tensor
 
 
 @torch.inference_mode()
@@ -86,14 +89,17 @@ def refine(
     sure = torch.full((schedule.positions, 1), SURE, device=start.device)
     sure[schedule.slices[-1]] = SURE_OF_FINE
     settled = torch.zeros(len(start), dtype=torch.bool, device=start.device)
-    likelihoods = []
+    likelihoods: list[Tensor] = []
+    gain = torch.zeros(len(start), device=start.device)
     for number in range(rounds):
         guided = len(schedule) if number else _coarse(schedule)
-        against, unguided = _against(transformer, text, both, schedule, now, guidance, guided)
+        against, plainly = _against(transformer, text, both, schedule, now, guidance, guided)
         unlikely = against > sure + number * SURER
         unlikely = unlikely if may_change is None else unlikely & may_change
-        likelihood = -F.softplus(unguided).flatten(1).mean(1)
+        likelihood = -F.softplus(plainly).flatten(1).mean(1)
+        risen = (plainly * unlikely).flatten(1).mean(1)  # log p of the other value less log p of this one: the logit
         likelihoods.append(likelihood.masked_fill(settled, torch.nan))
+        gain = torch.where(settled, gain, likelihood - likelihoods[0] + risen)
         if number > 0 or both is None:  # later rounds look as this one, and ask for more
             settled = settled | ~unlikely.flatten(1).any(1)
             if settled.all():
@@ -104,7 +110,7 @@ def refine(
             now = _positions(_requantised(latent, schedule, *grids), cell)
     found = _grids(now, schedule)
     changed = torch.stack([(a != b).flatten(1).sum(1) for a, b in zip(found, bits, strict=True)], dim=1)
-    return Refined(found, changed, torch.stack(likelihoods, dim=1))
+    return Refined(found, changed, torch.stack(likelihoods, dim=1), gain)
 
 
 def _of_all(there: Tensor, like: Tensor) -> Tensor:

@@ -241,9 +241,13 @@ def draw(
 
 
 def _refined_facts(refined: Refined) -> list[dict[str, Any]]:
-    """Of each picture: bits changed of each scale, and the mean log-likelihood of a bit at the start of each round."""
-    rows = zip(refined.changed.tolist(), refined.likelihood.tolist(), strict=True)
+    """Of each picture: bits changed of each scale; the log-likelihood of a bit as each round found it, and its gain."""
+    rows = zip(refined.changed.tolist(), refined.likelihood.tolist(), refined.gain.tolist(), strict=True)
     return [
-        {"bits_changed": changed, "log_likelihood": [round(found, 4) for found in likelihood if found == found]}
-        for changed, likelihood in rows
+        {
+            "bits_changed": changed,
+            "log_likelihood": [round(found, 4) for found in likelihood if found == found],
+            "log_likelihood_gain": round(gain, 4),
+        }
+        for changed, likelihood, gain in rows
     ]

@@ -421,7 +421,6 @@ def _tell_refined(refined: Sequence[dict[str, Any]], report: Report) -> None:
     if not refined:
         return
     changed = sum(sum(one["bits_changed"]) for one in refined)
-    first, last = (sum(one["log_likelihood"][at] for one in refined) / len(refined) for at in (0, -1))
-    rounds = max(len(one["log_likelihood"]) for one in refined)
-    then = f", and {last:.3f} when the last round began" if rounds > 1 else ""
-    report.notice(f"refined: {changed} bits changed; log-likelihood of a bit was {first:.3f}{then}")
+    before = sum(one["log_likelihood"][0] for one in refined) / len(refined)
+    gain = sum(one["log_likelihood_gain"] for one in refined) / len(refined)
+    report.notice(f"refined: {changed} bits changed; log-likelihood of a bit {before:.3f}, now {before + gain:.3f}")

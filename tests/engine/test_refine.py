@@ -172,6 +172,21 @@ def test_the_likelihood_told_is_that_of_the_bits(demo: Model, text: TextFeatures
     assert not whole[:, 0].isnan().any()
 
 
+def test_the_gain_told_is_that_of_the_bits(demo: Model, text: TextFeatures, scales: Schedule) -> None:
+    """Exactly where only the last scale can change, after which nothing follows; and near what a next round finds."""
+    assert demo.transformer is not None
+    broken = damaged(drawn(demo, text, scales).bits, 0.1)
+    last = [torch.full((1, 1, *size), k == len(scales) - 1) for k, size in enumerate(scales.sizes)]
+    found = refine(demo.transformer, text, scales, broken, 1, where=last)
+    after = refine(demo.transformer, text, scales, found.bits, 1).likelihood[:, 0]
+    assert found.changed[:, -1].all()
+    assert torch.allclose(found.gain, after - found.likelihood[:, 0], atol=1e-5), "rounded as other sums are"
+    found = refine(demo.transformer, text, scales, broken, 2)
+    after = refine(demo.transformer, text, scales, found.bits, 1).likelihood[:, 0]
+    assert torch.allclose(found.gain, after - found.likelihood[:, 0], atol=0.03), "finer scales go along"
+    assert (found.gain > 0.1).all()
+
+
 def test_generate_refines(demo: Model, text: TextFeatures, scales: Schedule) -> None:
     assert demo.transformer is not None
     assert demo.tokenizer is not None
