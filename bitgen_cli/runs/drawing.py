@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from bitgen_cli.engine.data import to_pil, to_uint8
-from bitgen_cli.engine.device import pick_device, pick_dtype
+from bitgen_cli.engine.device import keep_freed_memory, pick_device, pick_dtype
 from bitgen_cli.engine.editing import Given
 from bitgen_cli.engine.graphs import RecordedTransformer
 from bitgen_cli.engine.memory import parameters
@@ -153,6 +153,7 @@ def placement_of(jobs: Sequence[Job], setting: Setting, options: SampleOptions) 
 
 def load_painter(setting: Setting, placement: Placement, options: SampleOptions, report: Report) -> Painter:
     """The model with the weights that drawing takes, each where it belongs."""
+    keep_freed_memory(placement.total)
     model = load_model(
         setting.model.folder,
         device=setting.device,

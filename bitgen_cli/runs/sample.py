@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from bitgen_cli.engine.device import give_back, keep_freed_memory, pick_device
+from bitgen_cli.engine.device import give_back, pick_device
 from bitgen_cli.errors import InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.place import Place, place
 from bitgen_cli.report import Report, Task
@@ -102,7 +102,6 @@ def sample(
         ResourceError: not enough memory or disk.
         Interrupted: stopped by the user in a prompt file; the same call goes on.
     """
-    keep_freed_memory()
     here = place()
     options, recipe = load_recipe(options, report)
     options = load_original(options, recipe, report)
