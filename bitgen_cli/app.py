@@ -38,11 +38,11 @@ class _Plain:
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Prints the help and, last, what can be typed to begin with."""
         super().format_help(ctx, formatter)  # type: ignore[misc]
-        from bitgen_cli import console
+        from bitgen_cli.console.terminal import show_examples
 
         if self.epilog is None:  # type: ignore[attr-defined]
             print()
-        console.show_examples(EXAMPLES["" if ctx.parent is None else ctx.info_name])
+        show_examples(EXAMPLES["" if ctx.parent is None else ctx.info_name])
 
 
 class _Group(_Plain, typer.core.TyperGroup):
@@ -139,7 +139,7 @@ def _usage_error(error: typer.TyperException) -> int:
 
 
 def _fail(message: str, code: int, kind: str = "error") -> int:
-    from bitgen_cli import console
+    from bitgen_cli.console.terminal import show_error
 
     rank = place().rank
     if rank:
@@ -152,7 +152,7 @@ def _fail(message: str, code: int, kind: str = "error") -> int:
         import traceback
 
         traceback.print_exc()
-    console.show_error(message, kind)
+    show_error(message, kind)
     return int(code)
 
 

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "__main__": {"app", "errors"},
     "app": {"commands", "console", "examples", "errors", "place"},
     "commands": {"commands", "presets", "console", "runs", "errors", "place"},
-    "console": {"report", "errors", "examples", "place"},
+    "console": {"console", "report", "place"},
     "examples": set(),
     "surface": {"app"},
     "presets": {"config", "config_keys", "files", "errors"},

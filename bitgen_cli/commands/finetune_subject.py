@@ -89,14 +89,16 @@ def finetune_subject(
 
     Ctrl-C finishes the step and saves; `bitgen resume` continues.
     """
-    from bitgen_cli import console
+    from bitgen_cli.console.progress import listening
+    from bitgen_cli.console.terminal import show_json
+    from bitgen_cli.console.trainings import show_subject
 
     if subject is not None and merge is not None and photos is None:
         from bitgen_cli.runs.finetune_subject import merge_subject
 
-        with console.listening() as report:
+        with listening() as report:
             folder = merge_subject(subject, model, merge, report)
-        console.show_json({"merged": str(folder)}) if as_json else print(folder)
+        show_json({"merged": str(folder)}) if as_json else print(folder)
         return
     if subject is not None:
         raise UsageError("--subject goes with --merge alone", "photos teach a new subject, without --subject")
@@ -148,13 +150,13 @@ def finetune_subject(
         logs=tuple(logs or ()),
     )
     if dry_run:
-        with console.listening() as report:
+        with listening() as report:
             found = try_out_subject(options, report)
         show_fit(found, as_json=as_json)
         return
-    with console.listening() as report:
+    with listening() as report:
         result = learn(options, report)
     if as_json:
-        console.show_json(result.to_json())
+        show_json(result.to_json())
     else:
-        console.show_subject(result)
+        show_subject(result)

@@ -56,7 +56,9 @@ def gen_priors(
 
     What is there already is reused. Started again, it goes on where it stopped.
     """
-    from bitgen_cli import console
+    from bitgen_cli.console.pictures import show_priors
+    from bitgen_cli.console.progress import listening
+    from bitgen_cli.console.terminal import show_json
     from bitgen_cli.runs.gen_priors import PriorOptions
     from bitgen_cli.runs.gen_priors import gen_priors as draw
 
@@ -73,9 +75,9 @@ def gen_priors(
         dtype=dtype,
         text_cache=not no_text_cache,
     )
-    with console.listening() as report:
+    with listening() as report:
         result = draw(options, report)
     if as_json:
-        console.show_json(result.to_json())
+        show_json(result.to_json())
     else:
-        console.show_priors(result)
+        show_priors(result)

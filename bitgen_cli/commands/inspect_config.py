@@ -44,16 +44,18 @@ def inspect_config(
         raise UsageError(
             "nothing to inspect", "name a preset, file, run, model, subject or picture, or ask for --schema"
         )
-    from bitgen_cli import console
+    from bitgen_cli.console.progress import listening
+    from bitgen_cli.console.tables import show_tables
+    from bitgen_cli.console.terminal import show_json
 
     if plot is not None:
         if schema or overrides or config is not None:
             raise UsageError("--plot goes with runs alone", "leave --schema, --set and --config away")
         from bitgen_cli.runs.plot import plot as draw
 
-        with console.listening() as report:
+        with listening() as report:
             drawn = draw([Path(target) for target in targets or ()], plot, report)
-        console.show_json(drawn.to_json()) if as_json else print(drawn.file)
+        show_json(drawn.to_json()) if as_json else print(drawn.file)
         return
     if targets and len(targets) > 1:
         raise UsageError(f"{len(targets)} targets", "several belong to --plot alone, which takes runs")
@@ -62,9 +64,9 @@ def inspect_config(
     options = InspectOptions(
         target=targets[0] if targets else "", overrides=list(overrides or ()), schema=schema, config_file=config
     )
-    with console.listening() as report:
+    with listening() as report:
         result = inspect(options, report)
     if as_json or schema:
-        console.show_json(result.to_json())
+        show_json(result.to_json())
     else:
-        console.show_tables(result.sections)
+        show_tables(result.sections)

@@ -36,15 +36,17 @@ def resume(
     """Continue a training from its last checkpoint, as if it had never stopped."""
     start_several(context, devices)
 
-    from bitgen_cli import console
+    from bitgen_cli.console.progress import listening
+    from bitgen_cli.console.terminal import show_json
+    from bitgen_cli.console.trainings import show_subject, show_training
     from bitgen_cli.runs.finetune_subject import SubjectResult
     from bitgen_cli.runs.resume import resume as go_on
 
-    with console.listening() as report:
+    with listening() as report:
         result = go_on(run, report, steps=steps, device=device, strategy=strategy, logs=tuple(logs or ()))
     if as_json:
-        console.show_json(result.to_json())
+        show_json(result.to_json())
     elif isinstance(result, SubjectResult):
-        console.show_subject(result)
+        show_subject(result)
     else:
-        console.show_training(result)
+        show_training(result)

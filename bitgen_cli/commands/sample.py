@@ -223,7 +223,9 @@ def sample(
     overrides: Overrides = None,
 ) -> None:
     """Draw pictures from prompts."""
-    from bitgen_cli import console
+    from bitgen_cli.console.pictures import show_failures, show_picture, show_samples, show_seeds
+    from bitgen_cli.console.progress import listening
+    from bitgen_cli.console.terminal import show_json
     from bitgen_cli.runs.jobs import STDOUT, SampleOptions
     from bitgen_cli.runs.sample import sample as draw
 
@@ -274,17 +276,17 @@ def sample(
         raise UsageError("--output - writes a picture, which a terminal cannot show", "send it to a file or a program")
     # on a terminal the bar is there, and names come when it is gone
     at_once = prompts_file is not None and not as_json and output != STDOUT and not sys.stdout.isatty()
-    with _terminable(), console.listening(apart=True) as report:
-        result = draw(options, report, *([console.show_picture] if at_once else []))
+    with _terminable(), listening(apart=True) as report:
+        result = draw(options, report, *([show_picture] if at_once else []))
     if as_json:
-        console.show_json(result.to_json())
+        show_json(result.to_json())
     elif output == STDOUT:
         sys.stdout.buffer.write(result.png or b"")
-        console.show_seeds(result)
+        show_seeds(result)
     else:
-        console.show_samples(result, with_preview=preview, named=at_once)
+        show_samples(result, with_preview=preview, named=at_once)
     if result.failures:
-        console.show_failures(result.failures)
+        show_failures(result.failures)
         raise typer.Exit(ExitCode.INPUT)
 
 

@@ -93,7 +93,9 @@ def tokenize(
     if data is None or out is None:
         raise UsageError("tokenize needs pictures and a folder for the store", "bitgen tokenize DATA OUT")
 
-    from bitgen_cli import console
+    from bitgen_cli.console.progress import listening
+    from bitgen_cli.console.stores import show_store
+    from bitgen_cli.console.terminal import show_json
     from bitgen_cli.runs.tokenize import TokenizeOptions
     from bitgen_cli.runs.tokenize import tokenize as encode
 
@@ -115,12 +117,12 @@ def tokenize(
         shard=shard,
         text_features=text_features,
     )
-    with console.listening(apart=True) as report:
+    with listening(apart=True) as report:
         result = encode(options, report)
     if as_json:
-        console.show_json(result.to_json())
+        show_json(result.to_json())
     else:
-        console.show_store(result)
+        show_store(result)
 
 
 def _verify(context: typer.Context, store: Path, as_json: bool) -> None:
@@ -132,15 +134,17 @@ def _verify(context: typer.Context, store: Path, as_json: bool) -> None:
     if given:
         raise UsageError(f"--verify reads a store and takes nothing else, but there is {', '.join(given)}")
 
-    from bitgen_cli import console
+    from bitgen_cli.console.progress import listening
+    from bitgen_cli.console.stores import show_check
+    from bitgen_cli.console.terminal import show_json
     from bitgen_cli.runs.verify import verify
 
-    with console.listening() as report:
+    with listening() as report:
         result = verify(store, report)
     if as_json:
-        console.show_json(result.to_json())
+        show_json(result.to_json())
     else:
-        console.show_check(result)
+        show_check(result)
     if result.faults:
         files = "1 file" if len(result.faults) == 1 else f"{len(result.faults)} files"
         raise InputError(f"the token store {store} is broken: {files}", "tokenize again into a new folder")

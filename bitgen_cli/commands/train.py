@@ -98,7 +98,9 @@ def train(
     if sweep is None and not dry_run and not overfit_check:
         start_several(context, devices)
 
-    from bitgen_cli import console
+    from bitgen_cli.console.progress import listening
+    from bitgen_cli.console.terminal import show_json
+    from bitgen_cli.console.trainings import show_training
     from bitgen_cli.presets import resolve
 
     given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": seed}
@@ -148,29 +150,31 @@ def train(
         _check_overfit(options, as_json=as_json)
         return
     if dry_run:
-        with console.listening() as report:
+        with listening() as report:
             found = try_out(options, report)
         show_fit(found, as_json=as_json)
         return
-    with console.listening() as report:
+    with listening() as report:
         result = start(options, report)
     if as_json:
-        console.show_json(result.to_json())
+        show_json(result.to_json())
     else:
-        console.show_training(result)
+        show_training(result)
 
 
 def _check_overfit(options: TrainOptions, *, as_json: bool) -> None:
     """Shows whether a few pictures can be memorised; fails when they cannot."""
-    from bitgen_cli import console
+    from bitgen_cli.console.progress import listening
+    from bitgen_cli.console.tables import show_tables
+    from bitgen_cli.console.terminal import show_json
     from bitgen_cli.runs.overfit import overfit_check
 
-    with console.listening() as report:
+    with listening() as report:
         result = overfit_check(options, report)
     if as_json:
-        console.show_json(result.to_json())
+        show_json(result.to_json())
     else:
-        console.show_tables(result.tables())
+        show_tables(result.tables())
     if not result.passed:
         raise DivergedError(
             f"FAIL: {len(result.pictures)} pictures were not memorised in {result.steps} steps",

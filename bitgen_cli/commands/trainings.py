@@ -26,12 +26,13 @@ def start_several(context: typer.Context, devices: int | None) -> None:
 
 def show_fit(found: Fit, *, as_json: bool) -> None:
     """Shows what a training needs; refuses one that does not fit."""
-    from bitgen_cli import console
+    from bitgen_cli.console.tables import show_tables
+    from bitgen_cli.console.terminal import show_json
 
     if as_json:
-        console.show_json(found.to_json())
+        show_json(found.to_json())
     else:
-        console.show_tables(found.tables())
+        show_tables(found.tables())
     found.require()
 
 
@@ -60,7 +61,9 @@ def shared_words(context: typer.Context) -> tuple[tuple[str, ...], tuple[str, ..
 
 def try_combinations(options: SweepOptions, how: str, as_json: bool) -> None:
     """Shows the commands of a sweep, or runs them and shows what they reached."""
-    from bitgen_cli import console
+    from bitgen_cli.console.progress import listening
+    from bitgen_cli.console.terminal import show_json
+    from bitgen_cli.console.trainings import show_sweep
     from bitgen_cli.runs import sweep
 
     if how not in (sweep.PRINT, sweep.RUN):
@@ -68,15 +71,15 @@ def try_combinations(options: SweepOptions, how: str, as_json: bool) -> None:
     if how == sweep.PRINT:
         planned = sweep.plan(options)
         if as_json:
-            console.show_json({"runs": [run.planned_json() for run in planned]})
+            show_json({"runs": [run.planned_json() for run in planned]})
         else:
             print("\n".join(run.command for run in planned))
         return
-    with console.listening() as report:
+    with listening() as report:
         result = sweep.sweep(options, report)
     if as_json:
-        console.show_json(result.to_json())
+        show_json(result.to_json())
     else:
-        console.show_sweep(result)
+        show_sweep(result)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
