@@ -59,8 +59,8 @@ def gen_priors(
     from bitgen_cli.console.pictures import show_priors
     from bitgen_cli.console.progress import listening
     from bitgen_cli.console.terminal import show_json
-    from bitgen_cli.runs.gen_priors import PriorOptions
     from bitgen_cli.runs.gen_priors import gen_priors as draw
+    from bitgen_cli.runs.prior_options import PriorOptions
 
     options = PriorOptions(
         class_word=class_word,
