@@ -107,7 +107,6 @@ def ready_artist(
     pictures, prompts, name = len(prompts), list(dict.fromkeys(prompts)), base_name(options, base)
     batch_size, in_bands = options.batch_size or AT_ONCE, False
     if base.tokenizer is None and (base.folder / TRANSFORMER_FILE).is_file():
-        keep_freed_memory()
         device = pick_device(options.device)
         dtype = drawing_dtype(options.dtype, base.folder, device)
         text, precision = find_text_model(base, report), pick_text_precision("auto", dtype, device)
@@ -116,6 +115,7 @@ def ready_artist(
         counts = parameters(base.config)
         wanted = Wanted(base.config, counts, [scales], pictures, options.batch_size, dtype.itemsize, tokens)
         placement = place(wanted, "auto", device)
+        keep_freed_memory(placement.total)
         batch_size, in_bands = placement.batch_size, placement.in_bands
         rows = text_features(
             text, [Prompt(prompt) for prompt in prompts], precision, device, report, cached=options.text_cache
