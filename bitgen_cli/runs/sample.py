@@ -341,7 +341,7 @@ def _write(
     if options.output == STDOUT:
         (one,), (picture,), (recipe,) = planned, pictures, recipes
         done.png = picture_bytes(picture.image, carried_by(one.job, picture, recipe, options))
-        done.pictures[one.index] = SampledPicture(Path(STDOUT), one.job.prompt, one.job.seed, recipe)
+        done.pictures[one.index] = SampledPicture(Path(STDOUT), one.job.prompt, one.job.drawn_by, recipe)
         return
     paths = _names(planned, recipes, options, setting, manifest)
     for one, picture, recipe, path in zip(planned, pictures, recipes, paths, strict=True):
@@ -356,7 +356,7 @@ def _write(
         task.advance()
         if path is None:
             continue
-        done.pictures[one.index] = SampledPicture(path, one.job.prompt, one.job.seed, recipe, scales)
+        done.pictures[one.index] = SampledPicture(path, one.job.prompt, one.job.drawn_by, recipe, scales)
         if options.grid:
             done.images[one.index] = picture.image
         on_picture(done.pictures[one.index])

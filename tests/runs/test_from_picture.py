@@ -183,6 +183,11 @@ def test_refining_alone_draws_nothing(tiny: Path) -> None:
     assert sum(changed) > 0
     assert sum(bin(a ^ b).count("1") for a, b in zip(old, new, strict=True)) == sum(changed)
     assert found.recipe["seed"] == 1
+    assert found.seed is None
+    photo = photos(Path("photos"), 1, 40) / "0.png"
+    call = {"prompts": ("a dog",), "model": str(tiny), "original": str(photo), "refine": 1}
+    made = [draw(**call, output=name) for name in ("c.png", "d.png")]
+    assert made[0].path.read_bytes() == made[1].path.read_bytes(), "nothing of it is random"
     with pytest.raises(UsageError, match="one picture, not 2"):
         run(original="a.png", refine=1, num_images=2)
 
@@ -274,7 +279,7 @@ def test_every_line_of_variations_has_a_seed_of_its_own(tiny: Path) -> None:
     Path("lines.jsonl").write_text(f'{{"prompt": "{PROMPT}", "keep_scales": 1}}\n' * 2 + PROMPT)
     seeds = [one.seed for one in run(original="a.png", refine=1, prompts_file="lines.jsonl", output="out/").pictures]
     assert len(set(seeds)) == 3
-    assert seeds[2] == 1, "which refines alone"
+    assert seeds[2] is None, "which refines alone"
 
 
 def test_the_same_call_goes_on_and_another_picture_or_mask_is_drawn(tiny: Path) -> None:
