@@ -222,6 +222,20 @@ def test_a_picture_that_cannot_be_written_is_a_failed_line_and_a_full_disk_the_e
         run(model, seed=2)
 
 
+def test_a_name_that_is_taken_while_others_are_drawn_is_a_failed_line(model: str) -> None:
+    Path("p.jsonl").write_text('a dog\n{"prompt": "a cat", "output": "mine.png"}\nthe moon\n')
+
+    def take(picture: object) -> None:
+        Path("out/mine.png").write_bytes(b"mine")
+
+    call = SampleOptions(model=model, prompts_file="p.jsonl", output="out/", batch_size=1, seed=1)
+    result = sample(call, Silent(), take)
+    assert [(failure.line, "is there already" in failure.message) for failure in result.failures] == [(2, True)]
+    assert [picture.path.name for picture in result.pictures] == ["a-dog-1.png", "the-moon-1.png"]
+    assert Path("out/mine.png").read_bytes() == b"mine"
+    assert [row["line"] for row in rows()] == [1, 3]
+
+
 def test_an_option_that_no_line_says_is_told_before_anything_is_drawn(model: str) -> None:
     lines(3)
     with pytest.raises(UsageError, match="one file for 4"):
