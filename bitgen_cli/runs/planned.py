@@ -99,7 +99,7 @@ def _take_name(output: str | None, key: Key | None, call: Call) -> None:
     """Keeps the files of a picture for it, where its name is known already.
 
     Raises:
-        UsageError: they are there, or another line's. What a killed job has written is the picture's own.
+        UsageError: they are there, another line's, or the manifest. What a killed job has written is the picture's own.
     """
     listed = None if key is None or call.manifest is None else call.manifest.find(key)
     path = named_file(output) if listed is None else listed.path
@@ -107,6 +107,8 @@ def _take_name(output: str | None, key: Key | None, call: Call) -> None:
         return
     files = files_of(path, call.options.save_scales)
     for file in files:
+        if call.manifest is not None and file.resolve() == call.manifest.file.resolve():
+            raise UsageError(f"{file} lists the pictures of this file", "give the picture another name")
         if listed is None or file != listed.scales:
             require_free(file, overwrite=call.options.overwrite)
         if file in call.setting.taken:

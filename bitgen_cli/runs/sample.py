@@ -86,6 +86,7 @@ def sample(
     manifest = None
     if options.prompts_file is not None and options.output != STDOUT:
         manifest = Manifest(output_folder(options.output), anew=options.overwrite and here.count == 1)
+        setting.taken.add(manifest.file)
     call = Call(options, setting, manifest, done, report, on_picture)
     planned = list(plan(requests, call))
     jobs = [one.job for one in planned]
@@ -128,8 +129,9 @@ def _check_whole(options: SampleOptions, requests: Sequence[Request], failed: bo
     if not requests and not failed and here.count == 1:
         raise UsageError("no prompt", 'for example: bitgen sample "a red dog on the moon"')
     if options.output == STDOUT:
-        alone = sum(one.options.num_images for one in requests) == 1 and here.count == 1
-        if not alone or options.grid or options.save_scales or requests[0].options.output != STDOUT:
+        wanted = sum(one.options.num_images for one in requests)
+        elsewhere = options.grid or options.save_scales or any(one.options.output != STDOUT for one in requests)
+        if wanted > 1 or here.count > 1 or elsewhere:
             raise UsageError("--output - writes one picture to stdout, and that alone", "a folder takes several")
     elif options.output is not None:
         count = sum(one.options.num_images for one in requests if one.options.output == options.output)

@@ -137,6 +137,22 @@ def test_overwrite_begins_anew(model: str) -> None:
     assert len(rows()) == len(names)
 
 
+def test_no_picture_replaces_the_manifest(model: str) -> None:
+    named = {"prompt": "a", "output": "manifest.jsonl"}, {"prompt": "manifest", "output": "{prompt}.jsonl"}
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, named)))
+    for _ in range(2):
+        result = run(model, overwrite=True)
+        assert [failure.line for failure in result.failures] == [1]
+        assert [row["file"] for row in rows()] == ["manifest-2.jsonl"]
+
+
+def test_stdout_gets_nothing_where_no_line_can_be_drawn(model: str) -> None:
+    Path("p.jsonl").write_text("{}\n")
+    result = run(model, output="-")
+    assert result.png is None
+    assert [failure.line for failure in result.failures] == [1]
+
+
 def test_a_torn_or_foreign_manifest_is_survived(model: str) -> None:
     lines(3)
     run(model, seed=1)
@@ -178,6 +194,8 @@ def test_a_torn_or_foreign_manifest_is_survived(model: str) -> None:
         ('{"prompt": "a", "output": "there.png"}', "there already"),
         ('{"prompt": "a", "output": "x.png", "num_images": 2}', "one file for 2"),
         ('{"prompt": "a", "output": "good.png"}', "another line"),
+        ('{"prompt": "a", "output": "manifest.jsonl"}', "another name"),
+        ('{"prompt": "a", "output": "./sub/../manifest.jsonl"}', "leads out"),
         ('{"prompt": "a", "output": "there.png/x.png"}', "there.png"),
     ],
 )
