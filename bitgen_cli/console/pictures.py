@@ -55,10 +55,8 @@ def show_samples(result: SampleResult, *, with_preview: bool, named: bool = Fals
 
 def show_seeds(result: SampleResult) -> None:
     """Prints to stderr which seeds were drawn with."""
-    seeds = [picture.seed for picture in result.pictures]
-    if seeds:
-        many = len(set(seeds)) > 1
-        print_error_line(f"seeds {min(seeds)} to {max(seeds)}" if many else f"seed {seeds[0]}")
+    if result.seeds is not None:
+        print_error_line(result.seeds)
 
 
 def show_failures(failures: Sequence[Failure]) -> None:

@@ -143,6 +143,11 @@ class Job:
         """What its bits depend on besides what it shows: the schedule and the bits per latent position."""
         return self.schedule, self.bits
 
+    @property
+    def drawn_by(self) -> int | None:
+        """The seed; None where no bit is drawn."""
+        return self.seed if self.edit is None or self.edit.draws else None
+
     def together(self) -> tuple[object, ...]:
         """Pictures with the same value are drawn in one batch."""
         worn = tuple((worn.subject.file, worn.scale) for worn in self.subjects)
@@ -206,9 +211,9 @@ def jobs_of(options: SampleOptions, model: Model, reader: PromptReader, known: S
 
 
 def _new_seed(edit: Edit | None) -> int:
-    """A seed drawn at random; of a picture of which no bit is drawn its own one, where that is known."""
-    if edit is not None and not edit.draws and edit.original.recipe is not None:
-        return edit.original.recipe.seed
+    """A seed drawn at random; of a picture of which no bit is drawn its own one, 0 where that is not known."""
+    if edit is not None and not edit.draws:
+        return 0 if edit.original.recipe is None else edit.original.recipe.seed
     return secrets.randbelow(2**32)
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from bitgen_cli.engine.captions import printable
 from bitgen_cli.engine.data import decode_picture, load_mask, picture_content, to_tensor
 from bitgen_cli.engine.scales import Schedule
-from bitgen_cli.errors import UsageError
+from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.files import explain
+from bitgen_cli.report import Report
 from bitgen_cli.runs.recipe_file import Recipe, carried
 
 STDIN = "-"
@@ -117,14 +118,15 @@ class Edit:
         }
 
 
-def read_original(source: str) -> Original:
+def read_original(source: str, report: Report) -> Original:
     """The picture with what it carries; read once, as it may be a stream.
 
     Args:
         source: a file, or STDIN.
+        report: gets a notice where what it carries is no recipe: it is a photo then.
 
     Raises:
-        InputError: it cannot be read, or carries what no recipe is.
+        InputError: it cannot be read.
     """
     file = Path("standard input" if source == STDIN else source)
     try:
@@ -133,7 +135,11 @@ def read_original(source: str) -> Original:
     except OSError as error:
         raise explain(error, file, "read") from error
     image = decode_picture(content, str(file))
-    recipe, bits = carried(content, str(file))
+    try:
+        recipe, bits = carried(content, str(file))
+    except InputError as error:
+        report.notice(f"{error.message}; it is taken for a photo")
+        recipe = bits = None
     return Original(file, hashlib.sha256(content).hexdigest(), image, recipe, bits)
 
 

@@ -27,7 +27,7 @@ from bitgen_cli.errors import (
     UsageError,
 )
 from bitgen_cli.report import Report, Table
-from bitgen_cli.runs.sample_result import SampledPicture
+from bitgen_cli.runs.sample_result import SampledPicture, SampleResult
 
 Capture = pytest.CaptureFixture[str]
 Fake = Callable[..., list[tuple[Any, ...]]]
@@ -64,13 +64,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     return replace
 
 
-def picture(path: str, seed: int, scales: str | None = None) -> SampledPicture:
+def picture(path: str, seed: int | None, scales: str | None = None) -> SampledPicture:
     return SampledPicture(Path(path), "a dog", seed, {}, None if scales is None else Path(scales))
 
 
 def sampled(*pictures: SampledPicture, grid: Path | None = None) -> SimpleNamespace:
+    seeds = SampleResult(list(pictures), grid, 1.0).seeds
     return SimpleNamespace(
-        pictures=list(pictures), grid=grid, manifest=None, failures=(), to_json=lambda: RESULT
+        pictures=list(pictures), grid=grid, manifest=None, failures=(), seeds=seeds, to_json=lambda: RESULT
     )
 
 

@@ -137,6 +137,22 @@ def test_overwrite_begins_anew(model: str) -> None:
     assert len(rows()) == len(names)
 
 
+def test_no_picture_replaces_the_manifest(model: str) -> None:
+    named = {"prompt": "a", "output": "manifest.jsonl"}, {"prompt": "manifest", "output": "{prompt}.jsonl"}
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, named)))
+    for _ in range(2):
+        result = run(model, overwrite=True)
+        assert [failure.line for failure in result.failures] == [1]
+        assert [row["file"] for row in rows()] == ["manifest-2.jsonl"]
+
+
+def test_stdout_gets_nothing_where_no_line_can_be_drawn(model: str) -> None:
+    Path("p.jsonl").write_text("{}\n")
+    result = run(model, output="-")
+    assert result.png is None
+    assert [failure.line for failure in result.failures] == [1]
+
+
 def test_a_torn_or_foreign_manifest_is_survived(model: str) -> None:
     lines(3)
     run(model, seed=1)
@@ -178,6 +194,8 @@ def test_a_torn_or_foreign_manifest_is_survived(model: str) -> None:
         ('{"prompt": "a", "output": "there.png"}', "there already"),
         ('{"prompt": "a", "output": "x.png", "num_images": 2}', "one file for 2"),
         ('{"prompt": "a", "output": "good.png"}', "another line"),
+        ('{"prompt": "a", "output": "manifest.jsonl"}', "another name"),
+        ('{"prompt": "a", "output": "./sub/../manifest.jsonl"}', "leads out"),
         ('{"prompt": "a", "output": "there.png/x.png"}', "there.png"),
     ],
 )
@@ -220,6 +238,20 @@ def test_a_picture_that_cannot_be_written_is_a_failed_line_and_a_full_disk_the_e
     monkeypatch.setattr(walk, "write_picture", full)
     with pytest.raises(ResourceError):
         run(model, seed=2)
+
+
+def test_a_name_that_is_taken_while_others_are_drawn_is_a_failed_line(model: str) -> None:
+    Path("p.jsonl").write_text('a dog\n{"prompt": "a cat", "output": "mine.png"}\nthe moon\n')
+
+    def take(picture: object) -> None:
+        Path("out/mine.png").write_bytes(b"mine")
+
+    call = SampleOptions(model=model, prompts_file="p.jsonl", output="out/", batch_size=1, seed=1)
+    result = sample(call, Silent(), take)
+    assert [(failure.line, "is there already" in failure.message) for failure in result.failures] == [(2, True)]
+    assert [picture.path.name for picture in result.pictures] == ["a-dog-1.png", "the-moon-1.png"]
+    assert Path("out/mine.png").read_bytes() == b"mine"
+    assert [row["line"] for row in rows()] == [1, 3]
 
 
 def test_an_option_that_no_line_says_is_told_before_anything_is_drawn(model: str) -> None:

@@ -105,7 +105,7 @@ def test_a_tokenized_photo_is_what_tokenize_makes_of_it(tiny: Path) -> None:
     assert model.tokenizer is not None
     of = schedule(model.config.scales, patchify=False)
     with torch.inference_mode():
-        image = to_float(to_tensor(read_original(str(photo)).image, (16, 16)))
+        image = to_float(to_tensor(read_original(str(photo), Silent()).image, (16, 16)))
         bits, _ = model.tokenizer.encode(image[None], of)
     expected = packed([grid[0] for grid in bits], Image.new("RGB", (1, 1)))[DIGEST:]
     assert len(expected) == len(carried)
@@ -183,6 +183,11 @@ def test_refining_alone_draws_nothing(tiny: Path) -> None:
     assert sum(changed) > 0
     assert sum(bin(a ^ b).count("1") for a, b in zip(old, new, strict=True)) == sum(changed)
     assert found.recipe["seed"] == 1
+    assert found.seed is None
+    photo = photos(Path("photos"), 1, 40) / "0.png"
+    call = {"prompts": ("a dog",), "model": str(tiny), "original": str(photo), "refine": 1}
+    made = [draw(**call, output=name) for name in ("c.png", "d.png")]
+    assert made[0].path.read_bytes() == made[1].path.read_bytes(), "nothing of it is random"
     with pytest.raises(UsageError, match="one picture, not 2"):
         run(original="a.png", refine=1, num_images=2)
 
@@ -274,7 +279,7 @@ def test_every_line_of_variations_has_a_seed_of_its_own(tiny: Path) -> None:
     Path("lines.jsonl").write_text(f'{{"prompt": "{PROMPT}", "keep_scales": 1}}\n' * 2 + PROMPT)
     seeds = [one.seed for one in run(original="a.png", refine=1, prompts_file="lines.jsonl", output="out/").pictures]
     assert len(set(seeds)) == 3
-    assert seeds[2] == 1, "which refines alone"
+    assert seeds[2] is None, "which refines alone"
 
 
 def test_the_same_call_goes_on_and_another_picture_or_mask_is_drawn(tiny: Path) -> None:
@@ -390,7 +395,7 @@ def test_what_cannot_be_is_said(tiny: Path) -> None:
 
 def test_masks_that_are_none(tiny: Path) -> None:
     first(tiny)
-    original = read_original("a.png")
+    original = read_original("a.png", Silent())
     Image.new("L", (8, 16), 255).save("small.png")
     Image.new("L", (16, 16), 100).save("dark.png")
     Image.new("RGBA", (16, 16), (255, 255, 255, 0)).save("clear.png")
@@ -431,6 +436,34 @@ def test_damaged_bits_are_left_out(tiny: Path, text: str) -> None:
     found = draw(original="strange.png", keep_scales=2, seed=1, output="b.png")
     assert found.recipe["original"]["bits"] == "drawn again"
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
+
+
+@pytest.mark.parametrize("text", ["{half", "[1]", "{}", '{"seed": "x"}', '{"prompt": "a", "tau": -5}', "[" * 100_000])
+def test_a_picture_with_a_damaged_recipe_is_a_photo(tiny: Path, text: str) -> None:
+    first(tiny, embed_bits=True)
+    info = PngInfo()
+    info.add_itxt(RECIPE, text)
+    with Image.open("a.png") as image:
+        info.add_itxt(BITS, image.info[BITS])
+        image.save("strange.png", pnginfo=info)
+    report = Silent()
+    call = {"model": str(tiny), "original": "strange.png", "keep_scales": 2}
+    found = draw(report, prompts=("a dog",), **call, output="b.png")
+    assert found.recipe["original"]["bits"] == "tokenized"
+    assert "recipe" in report.notices[0]
+    assert "taken for a photo" in report.notices[0]
+    with pytest.raises(UsageError, match="no recipe that says what it shows"):
+        run(**call)
+    with pytest.raises(InputError, match="recipe"):
+        run(recipe="strange.png")
+
+
+def test_a_recipe_is_told_by_the_name_of_its_value(tiny: Path) -> None:
+    first(tiny)
+    recipe, _ = picture_recipe(Path("a.png"))
+    Path("a.json").write_text(json.dumps({**recipe, "tau": [1, -5]}))
+    with pytest.raises(InputError, match=r"the recipe's tau(\.1)?: Input"):
+        read_recipe(Path("a.json"))
 
 
 def test_recipes_of_strangers_name_no_file(tiny: Path) -> None:
