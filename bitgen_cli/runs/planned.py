@@ -108,7 +108,7 @@ def _take_name(output: str | None, key: Key | None, call: Call) -> None:
     files = files_of(path, call.options.save_scales)
     for file in files:
         if call.manifest is not None and file.resolve() == call.manifest.file.resolve():
-            raise UsageError(f"{file} lists the pictures of this file", "give the picture another name")
+            raise UsageError(f"{file} lists the pictures of the job", "give the picture another name")
         if listed is None or file != listed.scales:
             require_free(file, overwrite=call.options.overwrite)
         if file in call.setting.taken:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bitgen_cli.engine.device import give_back, keep_freed_memory, pick_device
+from bitgen_cli.engine.parallel import wait_for_others
 from bitgen_cli.errors import BitgenError, InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.place import Place, place
 from bitgen_cli.report import Report, Task
@@ -105,6 +106,9 @@ def sample(
                 raise
             count = f"{len(done.pictures)} of {len(planned)} pictures"
             raise Interrupted(f"stopped after {count}", "the same command goes on") from error
+    if here.count > 1:
+        with report.task("waiting for the other processes", None):
+            wait_for_others()
     _tell_refined([one.recipe["refined"] for one in done.pictures.values() if "refined" in one.recipe], report)
     images = [done.images[index] for index in sorted(done.images)]
     return SampleResult(

@@ -365,6 +365,19 @@ def test_two_processes_share_the_lines(model: str, here: Path) -> None:
     assert listed == {(row["line"], row["number"], row["seed"]) for row in rows("alone")}
 
 
+def _first_has_nothing_to_draw(model: str, folder: str) -> None:
+    os.chdir(folder)
+    os.environ["TORCHELASTIC_RUN_ID"] = "job"
+    failed = run(model, seed=5, batch_size=1).failures
+    assert len(contents()) == 6, "torchrun would end the others now"
+    assert len(failed) == (6 if os.environ["RANK"] == "0" else 0)
+
+
+def test_under_torchrun_a_process_whose_lines_failed_waits_for_the_others(model: str, here: Path) -> None:
+    Path("p.jsonl").write_text("{\na dog\n" * 6)
+    finish(start_ranks(2, _first_has_nothing_to_draw, model, str(here)))
+
+
 def test_what_several_processes_cannot_share_is_told(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lines(3)
     monkeypatch.setenv("WORLD_SIZE", "2")
