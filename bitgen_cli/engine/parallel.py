@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from bitgen_cli.errors import ResourceError, UsageError
 from bitgen_cli.place import place
@@ -201,7 +202,7 @@ def wait_for_others() -> None:
     here = place()
     if here.count == 1 or not dist.is_torchelastic_launched():
         return
-    store, _, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
+    store, _, _ = next(rendezvous("env://", timeout=_PATIENCE))
     store.set(f"{_HERE}/{here.rank}", "")
     everyone = [f"{_HERE}/{rank}" for rank in range(here.count)]
     with suppress(RuntimeError):  # whoever keeps the store has left, as all have been here

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bitgen_cli.engine.data import load_picture
 from bitgen_cli.engine.device import give_back, keep_freed_memory, pick_device
 from bitgen_cli.engine.parallel import wait_for_others
 from bitgen_cli.errors import BitgenError, InputError, Interrupted, ResourceError, UsageError
@@ -34,6 +35,7 @@ from bitgen_cli.runs.output import (
     Carried,
     carried_by,
     check_output,
+    grid_path,
     named_file,
     output_folder,
     path_of,
@@ -90,6 +92,8 @@ def sample(
         setting.taken.add(manifest.file)
     call = Call(options, setting, manifest, done, report, on_picture)
     planned = list(plan(requests, call))
+    if options.grid and len(done.sizes) > 1:
+        raise UsageError("--grid needs pictures of one size", "draw the others in another call")
     jobs = [one.job for one in planned]
     _tell_subjects(jobs, report)
     if recipe is not None:
@@ -110,16 +114,24 @@ def sample(
         with report.task("waiting for the other processes", None):
             wait_for_others()
     _tell_refined([one.recipe["refined"] for one in done.pictures.values() if "refined" in one.recipe], report)
-    images = [done.images[index] for index in sorted(done.images)]
     return SampleResult(
         [done.pictures[index] for index in sorted(done.pictures)],
-        write_grid(images, options, setting) if images else None,
+        _grid(call) if options.grid else None,
         seconds,
         done.kept,
         tuple(sorted(done.failures, key=lambda failure: failure.line)),
         None if manifest is None or not manifest.file.exists() else manifest.file,
         done.png,
     )
+
+
+def _grid(call: Call) -> Path | None:
+    """Writes all pictures as one, those of earlier calls too; where none is new and there is one already, nothing."""
+    there, images = call.done.there, call.done.images
+    if not (images or there) or (not images and grid_path(call.options).exists()):
+        return None
+    all_of_them = {index: load_picture(path) for index, path in there.items()} | images
+    return write_grid([all_of_them[index] for index in sorted(all_of_them)], call.options, call.setting)
 
 
 def _check_whole(options: SampleOptions, requests: Sequence[Request], failed: bool, here: Place) -> None:

@@ -115,6 +115,26 @@ def test_the_same_call_again_draws_nothing_and_other_options_draw_anew(model: st
     assert [picture.prompt for picture in run(model).pictures] == ["another"]
 
 
+def test_a_grid_shows_what_was_there_too(model: str) -> None:
+    Path("p.jsonl").write_text("a dog\na cat\nthe moon\n")
+    whole = run(model, seed=1, grid=True).grid
+    Path("out/a-cat-1.png").unlink()
+    again = run(model, seed=1, grid=True)
+    assert [picture.path.name for picture in again.pictures] == ["a-cat-1.png"]
+    assert (whole, again.grid) == (Path("out/grid.png"), Path("out/grid-2.png"))
+    assert contents()["grid.png"] == contents()["grid-2.png"]
+    assert run(model, seed=1, grid=True).grid is None, "there is one of all of them"
+    Path("out/grid.png").unlink()
+    assert run(model, seed=1, grid=True).grid == whole, "a call that was stopped before it could write one"
+
+
+def test_pictures_of_several_sizes_are_refused_for_a_grid_before_any_is_drawn(model: str) -> None:
+    Path("p.jsonl").write_text('a dog\n{"prompt": "a cat", "aspect": "1:2"}\n')
+    with pytest.raises(UsageError, match="pictures of one size"):
+        run(model, grid=True)
+    assert contents() == {}
+
+
 def test_a_picture_that_is_gone_is_drawn_again_by_its_seed(model: str) -> None:
     lines(4)
     run(model)
