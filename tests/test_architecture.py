@@ -17,7 +17,7 @@ PACKAGE = Path(bitgen_cli.__file__).parent
 BASE = {"errors", "report", "files", "config", "place"}
 MAY_IMPORT = {
     "__main__": {"app", "errors"},
-    "app": {"presets", "config", "console", "examples", "runs", "errors", "place"},
+    "app": {"presets", "config", "console", "examples", "runs", "files", "errors", "place"},
     "console": {"report", "errors", "examples", "place"},
     "examples": set(),
     "surface": {"app"},

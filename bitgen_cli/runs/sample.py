@@ -74,7 +74,7 @@ def sample(
         UsageError: no prompt, an empty prompt, options that do not fit the model or each other.
         InputError: the model or the prompt file cannot be read, the output cannot be written.
         ResourceError: not enough memory or disk.
-        Interrupted: stopped by the user in a prompt file; the same call goes on.
+        Interrupted: stopped by the user in a prompt file, or `on_picture` has nobody to tell; the same call goes on.
     """
     keep_freed_memory()
     here = place()
@@ -105,7 +105,7 @@ def sample(
     if planned:
         try:
             seconds = _draw(planned, call)
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, BrokenPipeError) as error:  # or nobody listens to the names any more
             if manifest is None:
                 raise
             count = f"{len(done.pictures)} of {len(planned)} pictures"

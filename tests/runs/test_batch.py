@@ -321,12 +321,13 @@ def test_the_model_makes_room_for_the_text_encoder(model: str, monkeypatch: pyte
     assert events == ["text", "model", "text", "text", "model"]
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("why", [KeyboardInterrupt, BrokenPipeError])
+def test_a_job_that_is_stopped_says_that_the_same_command_goes_on(model: str, why: type[BaseException]) -> None:
     lines(4)
 
     def stop(picture: object) -> None:
         if len(contents()) == 3:
-            raise KeyboardInterrupt
+            raise why
 
     with pytest.raises(Interrupted, match=r"stopped after 3 of 6 pictures \(the same command goes on\)"):
         sample(SampleOptions(model=model, prompts_file="p.jsonl", output="out/"), Silent(), stop)
