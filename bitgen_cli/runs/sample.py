@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bitgen_cli.engine.data import load_picture
-from bitgen_cli.engine.device import give_back, keep_freed_memory, pick_device
+from bitgen_cli.engine.device import give_back, pick_device
 from bitgen_cli.engine.parallel import wait_for_others
 from bitgen_cli.errors import BitgenError, InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.place import Place, place
@@ -76,7 +76,6 @@ def sample(
         ResourceError: not enough memory or disk.
         Interrupted: stopped by the user in a prompt file, or `on_picture` has nobody to tell; the same call goes on.
     """
-    keep_freed_memory()
     here = place()
     options, recipe = load_recipe(options, report)
     options = load_original(options, recipe, report)
@@ -309,7 +308,6 @@ def _tell_refined(refined: Sequence[dict[str, Any]], report: Report) -> None:
     if not refined:
         return
     changed = sum(sum(one["bits_changed"]) for one in refined)
-    first, last = (sum(one["log_likelihood"][at] for one in refined) / len(refined) for at in (0, -1))
-    rounds = max(len(one["log_likelihood"]) for one in refined)
-    then = f", and {last:.3f} when the last round began" if rounds > 1 else ""
-    report.notice(f"refined: {changed} bits changed; log-likelihood of a bit was {first:.3f}{then}")
+    before = sum(one["log_likelihood"][0] for one in refined) / len(refined)
+    gain = sum(one["log_likelihood_gain"] for one in refined) / len(refined)
+    report.notice(f"refined: {changed} bits changed; log-likelihood of a bit {before:.3f}, now {before + gain:.3f}")

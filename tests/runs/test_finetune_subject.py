@@ -34,9 +34,11 @@ from bitgen_cli.runs.finetune_subject import (
     merge_subject,
 )
 from bitgen_cli.runs.fitting import PROGRAM
-from bitgen_cli.runs.gen_priors import PriorOptions, gen_priors, read_manifest
+from bitgen_cli.runs.gen_priors import gen_priors
 from bitgen_cli.runs.inspect_config import InspectOptions, inspect
 from bitgen_cli.runs.jobs import SampleOptions
+from bitgen_cli.runs.prior_folder import read_manifest
+from bitgen_cli.runs.prior_options import PriorOptions
 from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.sample import sample
 from bitgen_cli.runs.sample_result import SampledPicture

@@ -282,9 +282,10 @@ def test_refinement_is_told_and_kept_in_the_recipe(tmp_path: Path, monkeypatch: 
         assert len(changed) == 4
         assert 1 <= len(likelihood) <= 3
         assert (likelihood[-1] > likelihood[0]) == (sum(changed) > 0)
+        assert picture.recipe["refined"]["log_likelihood_gain"] > likelihood[-1] - likelihood[0] - 2e-4, "rounded"
     total = sum(sum(picture.recipe["refined"]["bits_changed"]) for picture in pictures)
     assert total > 0
-    assert any(f"refined: {total} bits changed" in notice for notice in notices)
+    assert any(f"refined: {total} bits changed; log-likelihood of a bit -" in notice for notice in notices)
     plain = sample(replace(drawn, refine=0), Silent()).pictures
     assert all("refined" not in picture.recipe for picture in plain)
     again = sample(SampleOptions(recipe=pictures[0].path, output="again.png"), Listening()).pictures[0]
