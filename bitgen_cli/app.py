@@ -106,13 +106,15 @@ def run(arguments: list[str]) -> int:
         return _fail(str(end), end.exit_code, kind="interrupted")
     except BitgenError as error:
         return _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        # whoever read our output has enough; the interpreter must not try to write the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has enough
+        _drain_stdout()
         return ExitCode.OK
     except (KeyboardInterrupt, typer.Abort):
         return _fail("stopped by Ctrl-C", ExitCode.INTERRUPTED, kind="interrupted")
     except Exception as error:
+        if _no_space(error):  # files tell where they are: this is stdout
+            hint = "what was done is saved; free some space or send it elsewhere"
+            return _fail(f"cannot write to standard output: no space left ({hint})", ExitCode.RESOURCES)
         if _out_of_memory(error):
             return _fail(
                 "out of memory (a smaller --batch-size or --resolution needs less)", ExitCode.RESOURCES
@@ -141,6 +143,7 @@ def _usage_error(error: typer.TyperException) -> int:
 def _fail(message: str, code: int, kind: str = "error") -> int:
     from bitgen_cli.console.terminal import show_error
 
+    _drain_stdout()
     rank = place().rank
     if rank:
         if code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
@@ -154,6 +157,21 @@ def _fail(message: str, code: int, kind: str = "error") -> int:
         traceback.print_exc()
     show_error(message, kind)
     return int(code)
+
+
+def _drain_stdout() -> None:
+    """Writes what is left, or drops it where nobody takes it: the interpreter must not try once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _no_space(error: Exception) -> bool:
+    """Whether a disk is full, or what the user may have of it."""
+    from bitgen_cli.files import NO_SPACE
+
+    return isinstance(error, OSError) and error.errno in NO_SPACE
 
 
 def _out_of_memory(error: Exception) -> bool:

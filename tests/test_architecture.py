@@ -17,7 +17,7 @@ PACKAGE = Path(bitgen_cli.__file__).parent
 BASE = {"errors", "report", "files", "config", "place"}
 MAY_IMPORT = {
     "__main__": {"app", "errors"},
-    "app": {"commands", "console", "examples", "errors", "place"},
+    "app": {"commands", "console", "examples", "files", "errors", "place"},
     "commands": {"commands", "presets", "console", "runs", "errors", "place"},
     "console": {"console", "report", "place"},
     "examples": set(),

@@ -29,6 +29,7 @@ STDIN = "-"
 """As --from: the picture comes from there."""
 WHITE = 128
 """Of a mask, what is at least so bright of 255 is drawn anew."""
+_NUMBERS = re.compile(r"[\d\s.,+-]*")
 _BOX = re.compile(r"\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*")
 
 
@@ -167,7 +168,7 @@ def read_mask(text: str, original: Original) -> Mask:
         image.paste(255, (x, y, x + w, y + h))
         return Mask(image, {"box": [x, y, w, h]})
     file = Path(text)
-    if text.count(",") == 3 and not file.exists():
+    if (text.count(",") == 3 or _NUMBERS.fullmatch(text)) and not (text and file.exists()):
         raise UsageError(f"--mask {text}: neither a file nor four whole numbers", "X,Y,WIDTH,HEIGHT from the top left")
     image = load_mask(file)
     if image.size != (width, height):
@@ -197,7 +198,10 @@ def check_edit(edit: Edit, schedule: Schedule, where: Sequence[Tensor], *, refin
         )
     if edit.draws:
         if not any(bool(grid.any()) for grid in where):
-            raise UsageError("no bit can change under this mask", "make it larger, or keep fewer scales")
+            raise UsageError(
+                "nothing of the mask's white is left when the picture is cropped and resized for the model",
+                "make it larger, or move it to the middle",
+            )
         return
     if not refine:
         raise UsageError(

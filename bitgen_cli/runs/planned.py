@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -38,10 +39,18 @@ class Planned:
 
 @dataclass
 class Done:
-    """What has become of a call so far; pictures by their index."""
+    """What has become of a call so far; pictures by their index.
+
+    Attributes:
+        images: what is drawn, for --grid.
+        there: where those of --grid lie that were drawn by an earlier call.
+        sizes: (h, w) of all of them in pixels.
+    """
 
     pictures: dict[int, SampledPicture] = field(default_factory=dict)
     images: dict[int, Image.Image] = field(default_factory=dict)
+    there: dict[int, Path] = field(default_factory=dict)
+    sizes: set[tuple[int, int]] = field(default_factory=set)
     failures: list[Failure] = field(default_factory=list)
     kept: int = 0
     png: bytes | None = None
@@ -70,7 +79,7 @@ class Call:
 
 def plan(requests: Sequence[Request], call: Call) -> Iterator[Planned]:
     """The pictures that are not there yet; lines that cannot be drawn become failures."""
-    setting, manifest = call.setting, call.manifest
+    setting, manifest, done = call.setting, call.manifest, call.done
     for request in requests:
         own = request.options
         try:
@@ -87,12 +96,16 @@ def plan(requests: Sequence[Request], call: Call) -> Iterator[Planned]:
         except (UsageError, InputError) as error:
             if not request.line:
                 raise
-            call.done.failures.append(Failure(request.line, str(error)))
+            done.failures.append(Failure(request.line, str(error)))
             continue
-        call.done.kept += sum(done_already)
+        done.kept += sum(done_already)
+        done.sizes.add(jobs[0].schedule.pixels(setting.model.config.tokenizer.patch_size))
         for number, (job, key) in enumerate(zip(jobs, keys, strict=True)):
+            index = request.first + number
             if not done_already[number]:
-                yield Planned(job, request.first + number, key)
+                yield Planned(job, index, key)
+            elif manifest is not None and key is not None and (listed := manifest.find(key)) is not None:
+                done.there[index] = listed.path
 
 
 def _take_name(output: str | None, key: Key | None, call: Call) -> None:
@@ -108,7 +121,7 @@ def _take_name(output: str | None, key: Key | None, call: Call) -> None:
     files = files_of(path, call.options.save_scales)
     for file in files:
         if call.manifest is not None and file.resolve() == call.manifest.file.resolve():
-            raise UsageError(f"{file} lists the pictures of this file", "give the picture another name")
+            raise UsageError(f"{file} lists the pictures of the job", "give the picture another name")
         if listed is None or file != listed.scales:
             require_free(file, overwrite=call.options.overwrite)
         if file in call.setting.taken:

@@ -29,7 +29,7 @@ LARGEST = 1 << 20
 """Bytes of a recipe in a file of its own; Pillow has the same bound for one in a picture."""
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""Suffixes of pictures."""
+"""Suffixes of pictures, first that of those which can carry a recipe."""
 
 OUTCOMES = ("refined",)
 """Keys that say what came of a recipe, and draw nothing."""

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from bitgen_cli.engine.data import load_picture
 from bitgen_cli.engine.device import give_back, pick_device
+from bitgen_cli.engine.parallel import wait_for_others
 from bitgen_cli.errors import BitgenError, InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.place import Place, place
 from bitgen_cli.report import Report, Task
@@ -33,6 +35,7 @@ from bitgen_cli.runs.output import (
     Carried,
     carried_by,
     check_output,
+    grid_path,
     named_file,
     output_folder,
     path_of,
@@ -71,7 +74,7 @@ def sample(
         UsageError: no prompt, an empty prompt, options that do not fit the model or each other.
         InputError: the model or the prompt file cannot be read, the output cannot be written.
         ResourceError: not enough memory or disk.
-        Interrupted: stopped by the user in a prompt file; the same call goes on.
+        Interrupted: stopped by the user in a prompt file, or `on_picture` has nobody to tell; the same call goes on.
     """
     here = place()
     options, recipe = load_recipe(options, report)
@@ -88,6 +91,8 @@ def sample(
         setting.taken.add(manifest.file)
     call = Call(options, setting, manifest, done, report, on_picture)
     planned = list(plan(requests, call))
+    if options.grid and len(done.sizes) > 1:
+        raise UsageError("--grid needs pictures of one size", "draw the others in another call")
     jobs = [one.job for one in planned]
     _tell_subjects(jobs, report)
     if recipe is not None:
@@ -99,22 +104,33 @@ def sample(
     if planned:
         try:
             seconds = _draw(planned, call)
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, BrokenPipeError) as error:  # or nobody listens to the names any more
             if manifest is None:
                 raise
             count = f"{len(done.pictures)} of {len(planned)} pictures"
             raise Interrupted(f"stopped after {count}", "the same command goes on") from error
+    if here.count > 1:
+        with report.task("waiting for the other processes", None):
+            wait_for_others()
     _tell_refined([one.recipe["refined"] for one in done.pictures.values() if "refined" in one.recipe], report)
-    images = [done.images[index] for index in sorted(done.images)]
     return SampleResult(
         [done.pictures[index] for index in sorted(done.pictures)],
-        write_grid(images, options, setting) if images else None,
+        _grid(call) if options.grid else None,
         seconds,
         done.kept,
         tuple(sorted(done.failures, key=lambda failure: failure.line)),
         None if manifest is None or not manifest.file.exists() else manifest.file,
         done.png,
     )
+
+
+def _grid(call: Call) -> Path | None:
+    """Writes all pictures as one, those of earlier calls too; where none is new and there is one already, nothing."""
+    there, images = call.done.there, call.done.images
+    if not (images or there) or (not images and grid_path(call.options).exists()):
+        return None
+    all_of_them = {index: load_picture(path) for index, path in there.items()} | images
+    return write_grid([all_of_them[index] for index in sorted(all_of_them)], call.options, call.setting)
 
 
 def _check_whole(options: SampleOptions, requests: Sequence[Request], failed: bool, here: Place) -> None:

@@ -500,3 +500,20 @@ def test_a_terminal_without_utf8_gets_the_line_all_the_same() -> None:
     assert done.returncode == 2
     assert "No such command 's\\xe4mple'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "says"),
+    [
+        (">/dev/full", 3, "error: cannot write to standard output: no space left"),
+        ("2>&1 >&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("| head -c 1", 0, ""),
+    ],
+)
+def test_streams_that_take_nothing(streams: str, code: int, says: str) -> None:
+    """A full disk, and streams that are closed before the program starts or while it writes, end in no traceback."""
+    done = in_shell(f"$BITGEN inspect-config --schema {streams}")
+    assert done.returncode == code
+    assert done.stderr.startswith(says)
+    assert done.stderr.count("\n") == bool(says)

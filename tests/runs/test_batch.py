@@ -115,6 +115,26 @@ def test_the_same_call_again_draws_nothing_and_other_options_draw_anew(model: st
     assert [picture.prompt for picture in run(model).pictures] == ["another"]
 
 
+def test_a_grid_shows_what_was_there_too(model: str) -> None:
+    Path("p.jsonl").write_text("a dog\na cat\nthe moon\n")
+    whole = run(model, seed=1, grid=True).grid
+    Path("out/a-cat-1.png").unlink()
+    again = run(model, seed=1, grid=True)
+    assert [picture.path.name for picture in again.pictures] == ["a-cat-1.png"]
+    assert (whole, again.grid) == (Path("out/grid.png"), Path("out/grid-2.png"))
+    assert contents()["grid.png"] == contents()["grid-2.png"]
+    assert run(model, seed=1, grid=True).grid is None, "there is one of all of them"
+    Path("out/grid.png").unlink()
+    assert run(model, seed=1, grid=True).grid == whole, "a call that was stopped before it could write one"
+
+
+def test_pictures_of_several_sizes_are_refused_for_a_grid_before_any_is_drawn(model: str) -> None:
+    Path("p.jsonl").write_text('a dog\n{"prompt": "a cat", "aspect": "1:2"}\n')
+    with pytest.raises(UsageError, match="pictures of one size"):
+        run(model, grid=True)
+    assert contents() == {}
+
+
 def test_a_picture_that_is_gone_is_drawn_again_by_its_seed(model: str) -> None:
     lines(4)
     run(model)
@@ -301,12 +321,13 @@ def test_the_model_makes_room_for_the_text_encoder(model: str, monkeypatch: pyte
     assert events == ["text", "model", "text", "text", "model"]
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("why", [KeyboardInterrupt, BrokenPipeError])
+def test_a_job_that_is_stopped_says_that_the_same_command_goes_on(model: str, why: type[BaseException]) -> None:
     lines(4)
 
     def stop(picture: object) -> None:
         if len(contents()) == 3:
-            raise KeyboardInterrupt
+            raise why
 
     with pytest.raises(Interrupted, match=r"stopped after 3 of 6 pictures \(the same command goes on\)"):
         sample(SampleOptions(model=model, prompts_file="p.jsonl", output="out/"), Silent(), stop)
@@ -363,6 +384,19 @@ def test_two_processes_share_the_lines(model: str, here: Path) -> None:
     assert len(rows()) == len(rows("alone")) == 16
     listed = {(row["line"], row["number"], row["seed"]) for row in rows()}
     assert listed == {(row["line"], row["number"], row["seed"]) for row in rows("alone")}
+
+
+def _first_has_nothing_to_draw(model: str, folder: str) -> None:
+    os.chdir(folder)
+    os.environ["TORCHELASTIC_RUN_ID"] = "job"
+    failed = run(model, seed=5, batch_size=1).failures
+    assert len(contents()) == 6, "torchrun would end the others now"
+    assert len(failed) == (6 if os.environ["RANK"] == "0" else 0)
+
+
+def test_under_torchrun_a_process_whose_lines_failed_waits_for_the_others(model: str, here: Path) -> None:
+    Path("p.jsonl").write_text("{\na dog\n" * 6)
+    finish(start_ranks(2, _first_has_nothing_to_draw, model, str(here)))
 
 
 def test_what_several_processes_cannot_share_is_told(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -652,7 +652,7 @@ def test_a_doomed_run_is_refused_before_anything_is_made(
     from bitgen_cli.runs import fitting
 
     monkeypatch.setattr(fitting, "free_memory", lambda device: 300 * 2**20)
-    with pytest.raises(ResourceError, match=r"what needs less, but not little enough: .*--prior none: 5\d\d MB"):
+    with pytest.raises(ResourceError, match=r"what needs less, but not little enough: .*--prior none: 5\d\d MiB"):
         learn(model, photos)
     assert not Path("subject-v").exists()
     assert not home.exists()

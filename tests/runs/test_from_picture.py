@@ -347,7 +347,10 @@ def test_photos_of_other_shapes(tiny: Path) -> None:
     assert (tall.recipe["width"], tall.recipe["height"]) == (8, 16)
     report = Silent()
     wide = draw(report, prompts=("a dog",), model=str(tiny), original="wide.png", keep_scales=1, output="c.png")
-    assert "tokenized at 16x16 without 45% of it" in report.notices[0]
+    assert "tokenized at 16x16 without the 45% of it that are cut off" in report.notices[0]
+    Image.new("RGB", (3000, 7)).save("thread.png")
+    draw(report, prompts=("a dog",), model=str(tiny), original="thread.png", keep_scales=1, output="e.png")
+    assert "without the 99% of it that are cut off" in report.notices[-1]
     assert wide.recipe["width"] == wide.recipe["height"]
     crop = {"original": "wide.png", "aspect": "1:2", "keep_scales": 1}
     upright = draw(prompts=("a dog",), model=str(tiny), output="d.png", **crop)
@@ -377,15 +380,18 @@ def test_what_cannot_be_is_said(tiny: Path) -> None:
     for keep in (3, -1):
         with pytest.raises(UsageError, match="3 scales"):
             run(original="a.png", mask="0,0,16,8", keep_scales=keep)
-    for mask in ("1.5,2,3,4", "-1,0,4,4", "0,0,9999999,1", "a,b,c,d"):
+    for mask in ("1.5,2,3,4", "-1,0,4,4", "0,0,9999999,1", "a,b,c,d", "1,2,3", "", "-"):
         with pytest.raises(UsageError, match="neither a file nor four whole numbers"):
             run(original="a.png", mask=mask)
     for mask in ("8,8,9,8", "0,0,0,4", "16,0,1,1"):
         with pytest.raises(UsageError, match="not within the 16x16 pixels"):
             run(original="a.png", mask=mask)
     Image.effect_noise((16, 16), 90).convert("RGB").save("square.png")
-    with pytest.raises(UsageError, match="no bit can change"):  # what is white is cut off
+    with pytest.raises(UsageError, match="nothing of the mask's white is left"):  # it is cut off
         run(prompts=("a dog",), model=str(tiny), original="square.png", mask="0,0,2,16", aspect="1:2")
+    Image.new("RGB", (900, 900)).save("large.png")
+    with pytest.raises(UsageError, match="nothing of the mask's white is left"):  # it is thinner than a pixel
+        run(prompts=("a dog",), model=str(tiny), original="large.png", mask="400,400,1,1")
     Image.new("RGB", (16, 16)).save("photo.png")
     with pytest.raises(UsageError, match="no recipe that says what it shows"):
         run(original="photo.png", refine=1)
@@ -403,7 +409,7 @@ def test_masks_that_are_none(tiny: Path) -> None:
     for name, problem in (("small.png", "8x16 pixels"), ("dark.png", "nothing of it is white")):
         with pytest.raises(UsageError, match=problem):
             read_mask(name, original)
-    for name, problem in (("clear.png", "transparency"), ("no.png", "no.png"), ("1,2,3", "1,2,3")):
+    for name, problem in (("clear.png", "transparency"), ("no.png", "no.png"), ("missing.png", "missing.png")):
         with pytest.raises(InputError, match=problem):
             read_mask(name, original)
     Image.new("RGBA", (16, 16), (255, 255, 255, 255)).save("opaque.png")

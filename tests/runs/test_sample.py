@@ -208,6 +208,8 @@ def test_a_long_prompt_is_cut_with_a_notice(model: str) -> None:
         ({"prompts": ("a",), "device": "cuda:99"}, ResourceError, "does not exist"),
         ({"prompts": ("a",), "dtype": "int3"}, UsageError, "unknown dtype"),
         ({"prompts": ("a",), "num_images": 2, "output": "one.png"}, UsageError, "one file for 2 pictures"),
+        ({"prompts": ("a",), "output": "x/one.JPG"}, UsageError, r"written as PNGs.*name it x/one\.png"),
+        ({"prompts": ("a",), "output": "{seed}.webp"}, UsageError, "written as PNGs"),
         ({"prompts": ("a",), "output": "{what}.png"}, UsageError, "unknown field {what}"),
         ({"prompts": ("a",), "output": "{prompt.real}.png"}, UsageError, "unknown field"),
         ({"prompts": ("a",), "output": "{seed:>99999999999}.png"}, UsageError, "its name alone"),
