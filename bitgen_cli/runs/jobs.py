@@ -272,7 +272,8 @@ def chosen_sampling(options: SampleOptions, model: Model) -> SamplingConfig:
         "model": model.config.model_dump(mode="json"),
         "sampling": own | given,
     }
-    found = resolve_stored(stored, {}, where="sampling options", overrides=options.overrides).config.sampling
+    origins = {f"sampling.{key}": f"--{key.replace('_', '-')}" for key in given}
+    found = resolve_stored(stored, origins, where="sampling options", overrides=options.overrides).config.sampling
     if found.target_confidence is not None and found.top_k == 1:
         raise UsageError("the likelier value of every bit is the same at every temperature: no target_confidence")
     return found
