@@ -262,7 +262,6 @@ def chosen_sampling(options: SampleOptions, model: Model) -> SamplingConfig:
     for override in options.overrides:
         if not override.startswith("sampling."):
             raise UsageError(f"--set {override}: only sampling values can be set here", "for example sampling.cfg=4")
-    given = {key: value for key, value in flags.items() if value is not None}
     remembered = None if options.remembered is None else options.remembered.sampling
     own = (remembered or model.sampling).model_dump(mode="json")
     if options.tau is not None:
@@ -270,10 +269,15 @@ def chosen_sampling(options: SampleOptions, model: Model) -> SamplingConfig:
     stored = {
         "name": model_name(model.folder),
         "model": model.config.model_dump(mode="json"),
-        "sampling": own | given,
+        "sampling": own,
     }
-    origins = {f"sampling.{key}": f"--{key.replace('_', '-')}" for key in given}
-    found = resolve_stored(stored, origins, where="sampling options", overrides=options.overrides).config.sampling
+    found = resolve_stored(
+        stored,
+        {},
+        where="sampling options",
+        flags={f"sampling.{key}": value for key, value in flags.items()},
+        overrides=options.overrides,
+    ).config.sampling
     if found.target_confidence is not None and found.top_k == 1:
         raise UsageError("the likelier value of every bit is the same at every temperature: no target_confidence")
     return found
