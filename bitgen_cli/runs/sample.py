@@ -253,16 +253,25 @@ def _failed(one: Planned, error: BitgenError, done: Done) -> None:
 def _write_files(
     path: Path, picture: Picture, carried: Carried, options: SampleOptions, task: Task
 ) -> Path | None:
-    """Writes a picture, and before it what it is after each scale; returns the file of that, where it is asked for."""
+    """Writes a picture, and before it what it is after each scale; returns the file of that, where it is asked for.
+
+    Where the picture cannot be written, that is not left behind alone.
+    """
 
     def tell(number: int) -> None:
         task.status(f"decoding scale {number} of {len(picture.frames)}")
         task.advance(0)
 
     scales = scales_path(path, options.save_scales)
+    mine = scales is not None and not scales.exists()
     if scales is not None:
         write_scales(scales, picture.frames, tell)
-    write_picture(path, picture.image, carried)
+    try:
+        write_picture(path, picture.image, carried)
+    except BaseException:
+        if mine and scales is not None:
+            scales.unlink(missing_ok=True)
+        raise
     return scales
 
 

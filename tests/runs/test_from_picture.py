@@ -242,6 +242,32 @@ def test_an_edit_goes_on_from_its_bits(tiny: Path) -> None:
     assert report.notices
 
 
+def test_an_edit_without_its_bits_is_not_drawn_again(tiny: Path) -> None:
+    """Its recipe draws another picture."""
+    first(tiny)
+    draw(prompts=("a cat",), original="a.png", mask="0,0,16,8", output="b.png")
+    info = PngInfo()
+    with Image.open("b.png") as image:
+        info.add_itxt(RECIPE, image.info[RECIPE])
+        image.save("c.png", pnginfo=info)
+    report = Silent()
+    assert draw(report, original="c.png", keep_scales=2, output="d.png").recipe["original"]["bits"] == "tokenized"
+    assert not [text for text in report.notices if "drawn again" in text]
+
+
+def test_carried_bits_of_another_number_are_left_alone(tiny: Path) -> None:
+    """Seven bits take as many bytes as eight."""
+    first(tiny, embed_bits=True)
+    recipe, _ = picture_recipe(Path("a.png"))
+    info = PngInfo()
+    info.add_itxt(RECIPE, json.dumps({**recipe, "bits": recipe["bits"] - 1}))
+    with Image.open("a.png") as image:
+        info.add_itxt(BITS, image.info[BITS])
+        image.save("b.png", pnginfo=info)
+    found = draw(original="b.png", bits=recipe["bits"], keep_scales=2, output="c.png")
+    assert found.recipe["original"]["bits"] == "tokenized"
+
+
 def test_another_model_tokenizes(tiny: Path, tmp_path: Path) -> None:
     first(tiny, embed_bits=True)
     other = save(tmp_path / "other", seed=5)
@@ -264,9 +290,11 @@ def test_a_prompt_file_of_variations(tiny: Path) -> None:
     Path("lines.jsonl").write_text(
         '{"prompt": "a cat", "keep_scales": 1, "seed": 4}\n{"prompt": "a dog", "keep_scales": 9}\na boat\n'
     )
-    result = run(original="a.png", keep_scales=2, prompts_file="lines.jsonl", output="out/")
+    result = run(original="a.png", keep_scales=2, prompts_file="lines.jsonl", output="out/", batch_size=8)
     assert [picture.recipe["keep_scales"] for picture in result.pictures] == [1, 2]
     assert [failure.line for failure in result.failures] == [2]
+    alone = draw(prompts=("a cat",), original="a.png", keep_scales=1, seed=4, output="alone.png")
+    assert np.array_equal(pixels(result.pictures[0].path), pixels(alone.path)), "whatever is drawn beside it"
     again = run(original="a.png", keep_scales=2, prompts_file="lines.jsonl", output="out/")
     assert again.kept == 2
     other = run(original="a.png", keep_scales=1, prompts_file="lines.jsonl", output="out/")

@@ -188,6 +188,7 @@ def test_scales_are_there_before_their_picture_and_a_stopped_job_goes_on(
     with pytest.raises(BaseException, match="stopped after 1 of 3"):
         run(model, **options)
     left = names()
+    assert not [name for name in left if "cat" in name], "no scales without a picture"
     monkeypatch.setattr(walk, "write_picture", write)
     again = run(model, **options)
     assert (again.kept, len(again.pictures)) == (1, 2)
