@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from PIL import Image
 from processes import finish, start_ranks
-from tiny_model import save
 
 from bitgen_cli.errors import InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
@@ -25,16 +24,7 @@ from bitgen_cli.runs.jobs import SampleOptions
 from bitgen_cli.runs.sample import sample
 from bitgen_cli.runs.sample_result import SampleResult
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save(tmp_path_factory.mktemp("models") / "tiny"))
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def lines(count: int) -> None:

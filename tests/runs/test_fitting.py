@@ -173,23 +173,18 @@ def test_every_value_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 # -- dry runs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("models") / "model")
-
-
 def options_for(stage: str, data: str, out: Path, model: Path) -> TrainOptions:
     init = Init((str(model),)) if stage == "transformer" else Init()
     return TrainOptions(Resolved(config_of(), {}), stage, data, out, init, "cpu")
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
-def test_a_dry_run_leaves_nothing_behind(stage: str, model: Path, tmp_path: Path) -> None:
+def test_a_dry_run_leaves_nothing_behind(stage: str, tiny: Path, tmp_path: Path) -> None:
     data = "world:12"
     if stage == "transformer":
         data = str(tmp_path / "store")
-        tokenize(TokenizeOptions("world:12", Path(data), str(model), device="cpu", dtype="fp32"), Silent())
-    found = try_out(options_for(stage, data, tmp_path / "run", model), Silent())
+        tokenize(TokenizeOptions("world:12", Path(data), str(tiny), device="cpu", dtype="fp32"), Silent())
+    found = try_out(options_for(stage, data, tmp_path / "run", tiny), Silent())
     assert found.fits
     assert (found.stage, found.device) == (stage, "cpu")
     assert found.data > 0
@@ -199,12 +194,12 @@ def test_a_dry_run_leaves_nothing_behind(stage: str, model: Path, tmp_path: Path
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_a_doomed_training_is_refused_before_anything_is_built(
-    stage: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = "world:12"
     if stage == "transformer":
         data = str(tmp_path / "store")
-        tokenize(TokenizeOptions("world:12", Path(data), str(model), device="cpu", dtype="fp32"), Silent())
+        tokenize(TokenizeOptions("world:12", Path(data), str(tiny), device="cpu", dtype="fp32"), Silent())
     monkeypatch.setattr(fitting, "free_memory", lambda device: PROGRAM)
     broken = tmp_path / "broken"
     save(broken)
@@ -230,8 +225,8 @@ def test_the_command_shows_the_table_and_refuses(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_of_a_subject_draws_no_class_pictures(model: Path, tmp_path: Path) -> None:
-    options = SubjectOptions(photos(tmp_path / "photos"), "dog", model=str(model), out=tmp_path / "run", device="cpu")
+def test_a_dry_run_of_a_subject_draws_no_class_pictures(tiny: Path, tmp_path: Path) -> None:
+    options = SubjectOptions(photos(tmp_path / "photos"), "dog", model=str(tiny), out=tmp_path / "run", device="cpu")
     found = try_out_subject(options, Silent())
     assert found.fits
     assert found.stage == "subject"
