@@ -28,6 +28,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _estimates(estimated_once: None) -> None:
+    """Most tests train something, and many of them the same."""
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's folder, which tests only read."""

@@ -50,7 +50,7 @@ FLAGS: dict[str, Any] = {
     "log_every": 1,
     "validate_every": 4,
     "validation_images": 2,
-    "sample_every": 4,
+    "sample_every": 0,
     "save_every": 3,
     "ema_decay": 0.9,
     "prior_images": 4,
@@ -59,6 +59,7 @@ FLAGS: dict[str, Any] = {
     "token_head_start": 0.2,
     "other_prompts": ["a house", "a red dog", "a car"],
     "other_images": 3,
+    "unrelated_prompts": ["a house in the snow"],
 }
 
 
@@ -92,7 +93,7 @@ def digest(folder: Path) -> str:
 
 def test_photos_become_a_subject_that_sample_finds(tiny: Path, photos: Path, home: Path) -> None:
     before = digest(tiny)
-    result = learn(tiny, photos)
+    result = learn(tiny, photos, flags={"sample_every": 4})
     assert digest(tiny) == before, "the base model on disk is untouched"
     assert (result.name, result.token, result.steps) == ("v", "[V]", 6)
     assert result.file == home / "subjects" / "v.safetensors"
@@ -141,7 +142,7 @@ def test_the_file_says_everything(tiny: Path, photos: Path) -> None:
     ],
 )
 def test_only_what_was_named_trains(tiny: Path, photos: Path, train: list[str], kind: str, part: str | None) -> None:
-    result = learn(tiny, photos, flags={"train": train, "steps": 2, "sample_every": 0, "validate_every": 2})
+    result = learn(tiny, photos, flags={"train": train, "steps": 2, "validate_every": 2})
     subject = find_subject(result.name)
     tensors = subject.tensors()
     others = set(tensors) - {ROW, START}
@@ -192,7 +193,7 @@ def stopped_and_straight(
 def test_resumed_is_as_never_stopped(
     tiny: Path, photos: Path, prior: str, train: list[str]
 ) -> None:
-    straight, result = stopped_and_straight(tiny, photos, {"prior": prior, "train": train, "sample_every": 0})
+    straight, result = stopped_and_straight(tiny, photos, {"prior": prior, "train": train})
     assert result.steps == 6
     whole, halves = (load_file(r.file) for r in (straight, result))
     assert whole.keys() == halves.keys()
@@ -202,7 +203,7 @@ def test_resumed_is_as_never_stopped(
 
 def test_the_token_learns_alone_first(tiny: Path, photos: Path) -> None:
     """The class, which it cannot change, is not looked at meanwhile."""
-    flags = {"steps": 8, "token_head_start": 0.5, "save_every": 1, "keep_last": 8, "sample_every": 0, "ema_decay": 0}
+    flags = {"steps": 8, "token_head_start": 0.5, "save_every": 1, "keep_last": 8, "ema_decay": 0}
     result = learn(tiny, photos, flags=flags)
     states = [load_file(file) for file in sorted((result.run / "checkpoints").glob("step-*/weights.safetensors"))]
     rows = {name for name in states[0] if name.startswith("text_encoder.rows.")}
@@ -220,7 +221,7 @@ def test_the_token_learns_alone_first(tiny: Path, photos: Path) -> None:
 
 def test_the_token_alone_needs_no_class_pictures(tiny: Path, photos: Path, home: Path) -> None:
     """Without it in the prompt nothing differs from the base model, whatever it has become."""
-    flags = {"train": ["token"], "steps": 2, "sample_every": 0}
+    flags = {"train": ["token"], "steps": 2}
     report = Silent()
     one = learn(tiny, photos, report, flags=flags)
     assert not (home / "priors").exists()
@@ -235,7 +236,7 @@ def test_other_things_are_kept_too(tiny: Path, photos: Path) -> None:
     def others(result: SubjectResult) -> Any:
         return json.loads((result.run / "start" / "lessons.json").read_text())["others"]
 
-    flags = {"sample_every": 0, "validate_every": 100, "caption_dropout": 0.25}
+    flags = {"validate_every": 100, "caption_dropout": 0.25}
     kept = learn(tiny, photos, name="kept", flags={**flags, "other_share": 0.5})
     assert others(kept) == ["a house", "a car", "a house"]
     without = learn(tiny, photos, name="without", flags={**flags, "other_prompts": []})
@@ -248,7 +249,7 @@ def test_other_things_are_kept_too(tiny: Path, photos: Path) -> None:
 
 
 def test_a_class_in_letters_that_the_model_never_saw_is_warned_of(tiny: Path, photos: Path) -> None:
-    flags = {"train": ["token"], "steps": 1, "sample_every": 0}
+    flags = {"train": ["token"], "steps": 1}
     for word, warned in (("собака", True), ("犬", True), ("corgi", False), ("犬 dog", False)):
         report = Silent()
         learn(tiny, photos, report, name="one", flags=flags, class_word=word, overwrite=True)
@@ -256,7 +257,7 @@ def test_a_class_in_letters_that_the_model_never_saw_is_warned_of(tiny: Path, ph
 
 
 def test_a_prior_of_no_weight_is_no_prior(tiny: Path, photos: Path) -> None:
-    flags = {"steps": 3, "sample_every": 0}
+    flags = {"steps": 3}
     none = learn(tiny, photos, flags={**flags, "prior": "none"}, name="none")
     weightless = learn(tiny, photos, flags={**flags, "prior_weight": 0}, name="weightless")
     one, other = load_file(none.file), load_file(weightless.file)
@@ -268,7 +269,7 @@ def test_a_prior_of_no_weight_is_no_prior(tiny: Path, photos: Path) -> None:
 @pytest.mark.parametrize("prior", ["images", "distill"])
 def test_keeping_the_class_starts_at_nothing(tiny: Path, photos: Path, prior: str) -> None:
     """One step at almost no learning rate leaves the base model's own distributions; a real one does not."""
-    flags = {"prior": prior, "steps": 1, "sample_every": 0, "ema_decay": 0, "precision": "fp32"}
+    flags = {"prior": prior, "steps": 1, "ema_decay": 0, "precision": "fp32"}
     rates = ("training.subject.optimizer.learning_rate=1e-12", "training.subject.token_learning_rate=1e-12")
     still = learn(tiny, photos, flags=flags, name="still", overrides=rates)
     assert abs(still.validation["val_prior_loss"]) < 1e-6
@@ -380,7 +381,7 @@ def test_of_overlapping_tokens_the_longest_counts() -> None:
 def test_bfloat16_with_recomputed_activations_resumes_exactly_too(
     tiny: Path, photos: Path, train: list[str]
 ) -> None:
-    changes = {"precision": "bf16", "checkpoint_activations": True, "train": train, "sample_every": 0}
+    changes = {"precision": "bf16", "checkpoint_activations": True, "train": train}
     straight, result = stopped_and_straight(tiny, photos, changes)
     whole, halves = (load_file(r.file) for r in (straight, result))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
@@ -390,7 +391,7 @@ def test_bfloat16_with_recomputed_activations_resumes_exactly_too(
 def test_more_steps_go_on_where_the_first_ended(tiny: Path, photos: Path) -> None:
     """With a constant rate: what learned does not wait again because there are more steps now."""
     constant = ("training.subject.optimizer.schedule=constant", "training.subject.optimizer.learning_rate=0.001")
-    flags = {"sample_every": 0, "validate_every": 100}
+    flags = {"validate_every": 100}
     longer = {**flags, "steps": 12, "token_head_start": 0.25}
     straight = learn(tiny, photos, name="straight", flags=longer, overrides=constant)
     first = learn(tiny, photos, name="first", flags={**flags, "steps": 6, "token_head_start": 0.5}, overrides=constant)
@@ -408,7 +409,7 @@ def test_what_is_only_used_is_kept_in_the_number_type_of_the_training(tiny: Path
 
 
 def test_resume_leaves_another_subject_of_that_name(tiny: Path, photos: Path) -> None:
-    run = stop(tiny, photos, {"sample_every": 0, "prior": "none"}, name="v")
+    run = stop(tiny, photos, {"prior": "none"}, name="v")
     other = learn(tiny, photos, name="v", class_word="cat", flags={"steps": 1, "prior": "none"})
     before = other.file.read_bytes()
     report = Silent()
@@ -420,7 +421,7 @@ def test_resume_leaves_another_subject_of_that_name(tiny: Path, photos: Path) ->
 
 
 def test_a_run_that_had_not_saved_anything_says_so(tiny: Path, photos: Path) -> None:
-    run = stop(tiny, photos, {"sample_every": 0, "prior": "none"}, name="v")
+    run = stop(tiny, photos, {"prior": "none"}, name="v")
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").mkdir()
     with pytest.raises(UsageError, match="had not saved anything yet"):
@@ -482,7 +483,7 @@ def test_captions_of_photos_may_stand_in_a_listing(tiny: Path, tmp_path: Path) -
     rows = [{"file_name": "2.png", "text": "my dog at home"}, {"file_name": "0.png", "text": ["a dog", "the dog"]}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     report = Silent()
-    result = learn(tiny, folder, report, flags={"steps": 1, "prior": "none", "views": 1, "sample_every": 0})
+    result = learn(tiny, folder, report, flags={"steps": 1, "prior": "none", "views": 1})
     stored = json.loads((result.run / "start" / "lessons.json").read_text())["photos"]
     assert [photo["captions"] for photo in stored] == [["my [V] dog at home"], ["a [V] dog", "the [V] dog"]]
     assert f"{folder}: metadata.jsonl: 2 pictures" in report.notices
@@ -506,7 +507,7 @@ def test_captions_of_photos_may_stand_in_a_listing(tiny: Path, tmp_path: Path) -
 def test_captions_name_the_subject(tiny: Path, tmp_path: Path, written: str, read: str) -> None:
     folder = tiny_model.photos(tmp_path / "captioned", 1)
     (folder / "0.txt").write_text(written)
-    result = learn(tiny, folder, flags={"steps": 1, "prior": "none", "sample_every": 0})
+    result = learn(tiny, folder, flags={"steps": 1, "prior": "none"})
     stored = json.loads((result.run / "start" / "lessons.json").read_text())
     assert stored["photos"][0]["captions"] == [read]
 
@@ -515,7 +516,7 @@ def test_a_class_that_turns_into_the_subject_is_warned_of_once_while_it_trains(t
     """With nothing to keep the class and far too much learned at once, "a dog" is the subject as well."""
     fast = ("training.subject.optimizer.learning_rate=0.01", "training.subject.optimizer.warmup_steps=0")
     report = Silent()
-    flags = {"prior": "none", "train": ["all"], "steps": 12, "validate_every": 4, "sample_every": 0}
+    flags = {"prior": "none", "train": ["all"], "steps": 12, "validate_every": 4}
     result = learn(tiny, photos, report, flags=flags, overrides=fast)
     lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
     leaks = {line["step"]: line["drift_class_leak"] for line in lines if "drift_class_leak" in line}
@@ -543,7 +544,7 @@ def test_class_pictures_answer_the_photos_captions(tiny: Path, photos: Path, tmp
             (own / f"{number}.txt").write_text(f"a dog {place}")
         for number in changed:
             Image.new("RGB", (48, 48), (90, 200, 10 * number)).save(own / f"{number}.png")
-        flags = {"sample_every": 0, "validate_every": 100, "prior_images": 4, "caption_dropout": 0.5}
+        flags = {"validate_every": 100, "prior_images": 4, "caption_dropout": 0.5}
         return load_file(learn(tiny, photos, name=name, flags=flags, priors=own).file)
 
     def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -559,7 +560,7 @@ def test_class_pictures_answer_the_photos_captions(tiny: Path, photos: Path, tmp
 def test_photos_without_captions_get_the_likeliest_prompt(tiny: Path, photos: Path) -> None:
     """Half of the time, so that the places in the photos are not taken for the subject."""
     templates = ["a {subject}", "the {subject} on the moon", "one {subject} in the snow"]
-    flags = {"steps": 1, "prior": "none", "sample_every": 0, "likely_captions": templates}
+    flags = {"steps": 1, "prior": "none", "likely_captions": templates}
     result = learn(tiny, photos, flags={**flags, "photo_templates": ["my {subject}"]})
     stored = json.loads((result.run / "start" / "lessons.json").read_text())["photos"]
     assert all(lesson["captions"][1] == "my [V] dog" for lesson in stored)
@@ -583,7 +584,7 @@ def test_photos_without_captions_get_the_likeliest_prompt(tiny: Path, photos: Pa
 def test_buckets_give_photos_their_own_shape(tiny: Path, tmp_path: Path) -> None:
     folder = tiny_model.photos(tmp_path / "tall", 1)
     Image.open(folder / "0.png").resize((30, 62)).save(folder / "tall.png")
-    result = learn(tiny, folder, flags={"steps": 2, "buckets": True, "sample_every": 0})
+    result = learn(tiny, folder, flags={"steps": 2, "buckets": True})
     stored = json.loads((result.run / "start" / "lessons.json").read_text())
     assert [photo["ratio"] for photo in stored["photos"]] == [1.0, 1.0, 2.0, 2.0]
 

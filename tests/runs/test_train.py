@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from data_sets import put, write_coco, write_lines
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_training import MODEL, StopAt, World, contents, measured, options_for, resolved
 
+from bitgen_cli.engine import pictures as pictures_module
 from bitgen_cli.engine.model_folder import load_model
 from bitgen_cli.engine.transformer_stage import TransformerStage
 from bitgen_cli.errors import ExitCode, InputError, Interrupted, ResourceError, UsageError
@@ -53,11 +55,11 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(
 def test_the_tokenizer_learns_and_leaves_a_model(tmp_path: Path) -> None:
     recipe = resolved(
         "tokenizer",
-        steps=100,
+        steps=40,
         batch_size=8,
         accumulation=1,
-        validate_every=25,
-        sample_every=50,
+        validate_every=10,
+        sample_every=20,
         commitment_weight=0.02,
         entropy_weight=0.02,
         optimizer={"learning_rate": 0.005},
@@ -69,7 +71,7 @@ def test_the_tokenizer_learns_and_leaves_a_model(tmp_path: Path) -> None:
     assert validations[-1]["val_loss"] < 0.8 * lines[0]["loss"]
     assert validations[-1]["val_psnr"] > validations[0]["val_psnr"] + 0.5
     assert set(result.validation) == {"val_loss", "val_psnr", "val_ssim", "val_bit_usage"}
-    assert Image.open(tmp_path / "run" / "samples" / "step-0000100.png").size == (4 * 16, 2 * 16)
+    assert Image.open(tmp_path / "run" / "samples" / "step-0000040.png").size == (4 * 16, 2 * 16)
     assert load_model(result.model).tokenizer is not None
     assert json.loads((tmp_path / "run" / "state.json").read_text())["finished"] is True
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -78,7 +80,9 @@ def test_the_tokenizer_learns_and_leaves_a_model(tmp_path: Path) -> None:
 
 
 def test_the_transformer_learns_and_leaves_a_model_with_its_tokenizer(world: World, tmp_path: Path) -> None:
-    options = options_for("transformer", world, tmp_path / "run", steps=160, accumulation=1, validate_every=40)
+    recipe: dict[str, Any] = {"steps": 80, "accumulation": 1, "validate_every": 20}
+    recipe["optimizer"] = {"learning_rate": 0.004, "warmup_steps": 2, "schedule": "cosine"}
+    options = options_for("transformer", world, tmp_path / "run", **recipe)
     result = train(options, Silent())
     lines = measured(tmp_path / "run")
     assert {f"bit_accuracy/{k}" for k in range(3)} | {"epoch", "learning_rate", "grad_norm"} <= set(lines[0])
@@ -190,14 +194,16 @@ def test_a_run_begins_with_the_whole_model_it_is_given(world: World, tmp_path: P
     assert second.validation == pytest.approx(first.validation, abs=1e-4)
 
 
-def test_a_folder_with_a_bad_picture_trains_and_names_it(tmp_path: Path) -> None:
+def test_a_folder_with_a_bad_picture_trains_and_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a process that has imported torch already starts sooner
+    monkeypatch.setattr(pictures_module, "get_context", lambda kind: processes.server())
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(120):
         Image.new("RGB", (20, 16), (number * 2, 90, 255 - number)).save(folder / f"{number:03d}.png")
     (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:40])
     report = Silent()
-    recipe = resolved("tokenizer", steps=15, batch_size=8, workers=1)
+    recipe = resolved("tokenizer", steps=15, batch_size=8, workers=1, precision="fp32")
     options = TrainOptions(recipe, "tokenizer", str(folder), tmp_path / "run", device="cpu")
     train(options, report)
     assert sum("007.png" in notice for notice in report.notices) == 1
