@@ -56,12 +56,12 @@ class UsageError(BitgenError):
 
 
 class ConfigError(UsageError):
-    """A configuration is wrong; carries every problem found, one line each."""
+    """A configuration is wrong; carries every problem found, one line each where there are several."""
 
     def __init__(self, where: str, problems: list[str]) -> None:
         self.problems = problems
-        noun = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{where}: {noun}\n" + "\n".join(f"  {line}" for line in problems))
+        lines = [f"{len(problems)} problems", *(f"  {line}" for line in problems)]
+        super().__init__(f"{where}: " + (problems[0] if len(problems) == 1 else "\n".join(lines)))
 
 
 class ResourceError(BitgenError):

@@ -18,6 +18,8 @@ PARTIAL = ".partial"
 """Suffix of what is being written; such files are never read and may be deleted."""
 LOCK = ".lock"
 """Name of the empty file that keeps a folder for one process (`only_writer`)."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says where a disk, or what a user may have of it, is full."""
 HOME = "BITGEN_HOME"
 """Environment variable: another folder for what bitgen keeps of the user."""
 
@@ -40,7 +42,7 @@ def cache_folder() -> Path:
 
 def explain(error: OSError, path: Path, doing: str) -> BitgenError:
     """The one-line error for an operating system error met while `doing` (for example "write") something at `path`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in NO_SPACE:
         return ResourceError(f"cannot {doing} {path}: no space left", "free some space or choose another folder")
     if isinstance(error, PermissionError):
         return InputError(f"cannot {doing} {path}: permission denied", "choose a place you may write to")

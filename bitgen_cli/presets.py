@@ -103,29 +103,33 @@ def resolve(
     if file is not None:
         layers.add_file(file, f"file {config_file}")
     layers.add_environment(os.environ if environment is None else environment)
-    for key, value in flags.items():
-        if value is not None:
-            layers.add_key(key, value, f"flag --{key.rpartition('.')[2].replace('_', '-')}")
+    layers.add_flags(flags)
     layers.add_overrides(overrides)
     return layers.validated(f"preset {preset}" if config_file is None else str(config_file))
 
 
 def resolve_stored(
-    stored: Mapping[str, Any], origins: Mapping[str, str], *, where: str, overrides: Sequence[str] = ()
+    stored: Mapping[str, Any],
+    origins: Mapping[str, str],
+    *,
+    where: str,
+    flags: Mapping[str, Any] = _NO_FLAGS,
+    overrides: Sequence[str] = (),
 ) -> Resolved:
-    """A configuration that was resolved and stored before, with `--set` on top. The environment is left out.
+    """A configuration that was resolved and stored before, with flags and `--set` on top. The environment is left out.
 
     Args:
         stored: the configuration.
         origins: of its values; `where` stands for those that are not known.
         where: names the file it was stored in.
-        overrides: as in `resolve`.
+        flags, overrides: as in `resolve`.
 
     Raises:
         ConfigError: values or keys are wrong; carries every problem.
     """
     layers = _Layers()
     layers.add(stored, lambda key: _Source(origins.get(key, where), where))
+    layers.add_flags(flags)
     layers.add_overrides(overrides)
     return layers.validated(where)
 
@@ -167,9 +171,7 @@ def resolve_for_model(
     if config_file is not None:
         layers.add_file(_read(config_file), f"file {config_file}")
     layers.add_environment(os.environ if environment is None else environment, stage)
-    for key, value in flags.items():
-        if value is not None:
-            layers.add_key(key, value, f"flag --{key.rpartition('.')[2].replace('_', '-')}")
+    layers.add_flags(flags)
     layers.add_overrides(overrides)
     resolved = layers.validated(where)
     if resolved.config.model != ModelConfig.model_validate(stored["model"]):
@@ -239,6 +241,12 @@ class _Layers:
             last = name.removeprefix(PREFIX).rpartition("__")[2].lower()
             meant = f"did you mean {close[0]}?" if close else nearest(last)
             self._problems.append(f"environment variable {name} names no key, {meant}")
+
+    def add_flags(self, flags: Mapping[str, Any]) -> None:
+        """Puts the flags that were given on top, each called like its key's last part."""
+        for key, value in flags.items():
+            if value is not None:
+                self.add_key(key, value, f"flag --{key.rpartition('.')[2].replace('_', '-')}")
 
     def add_overrides(self, overrides: Sequence[str]) -> None:
         """The values of --set."""

@@ -1,6 +1,6 @@
 """How the engine and the runs tell what they are doing, without knowing who listens.
 
-A run gets a `Report`; the command line passes one that draws with rich (console.py), tests and Python callers
+A run gets a `Report`; the command line passes one that draws with rich (console/), tests and Python callers
 pass `Silent()`. Nothing here prints.
 """
 

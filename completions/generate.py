@@ -30,7 +30,7 @@ class Kind:
 
 
 def kinds() -> dict[str, Kind]:
-    """What each metavar of bitgen_cli/app.py stands for."""
+    """What each metavar in bitgen_cli/commands/ stands for."""
     presets = tuple(preset_names())
     free = ("N", "P", "SEED", "NUMBERS", "TEXT", "W:H", "KEY=VALUE", "PROMPT", "WORD", "TOKEN", "NAME", "WEIGHT")
     free += ("SHAPES", "FIELD", "I/N", "K")

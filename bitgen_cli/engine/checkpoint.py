@@ -388,8 +388,8 @@ class RunFolder:
         free = shutil.disk_usage(self._checkpoints).free
         if free < needed:
             raise ResourceError(
-                f"a checkpoint of {needed / 1e9:.2f} GB does not fit into the {free / 1e9:.2f} GB that are free in "
-                f"{self.path}",
+                f"a checkpoint of {needed / 2**30:.2f} GiB does not fit into the {free / 2**30:.2f} GiB that are free "
+                f"in {self.path}",
                 "free some space; the older checkpoints are as they were",
             )
 

@@ -15,6 +15,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
+KEPT = 2 << 30
+"""Bytes of work from which freed memory goes back to the system."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -132,13 +134,14 @@ def _left_of_group(folder: Path) -> int | None:
         return None
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(expected: int = 0) -> None:
     """Lets the allocator keep large freed blocks instead of returning them to the system (glibc only).
 
     Activations of tens of megabytes are otherwise mapped, zeroed and unmapped by the kernel for every operation, which
-    costs more than many of the operations themselves.
+    costs more than many of the operations themselves. Work that is expected to take many bytes needs what is freed
+    between its large blocks more than it needs this: then nothing is done.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if expected < KEPT and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, ctypes.c_int(2**31 - 1))

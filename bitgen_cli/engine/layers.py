@@ -179,6 +179,20 @@ class KVCache:
         return stored_keys[:rows, :, : positions.stop], stored_values[:rows, :, : positions.stop]
 
 
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _prefixes(stops: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What is added to attention's logits (L, L), so that each scale sees no further than its end in `stops`.
+
+    Rows lie a multiple of 8 numbers apart, as the kernels on a GPU want them: else each call would copy it.
+    """
+    length = stops[-1]
+    mask = torch.full((length, -(-length // 8) * 8), -math.inf, device=device, dtype=dtype)
+    for start, stop in zip((0, *stops), stops, strict=False):
+        mask[start:stop, :stop] = 0
+    return mask[:, :length]
+
+
 class SelfAttention(nn.Module):
     """Attention with l2-normalised queries and keys, a learned temperature per head, and rotary positions."""
 
@@ -200,17 +214,21 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, slices: Sequence[slice]) -> Tensor:
         """All scales at once; a position sees its own scale and the coarser ones.
 
-        A scale attends to a prefix of the sequence, so one unmasked call per scale is exact.
+        A scale attends to a prefix of the sequence, so one unmasked call per scale is exact. Where a GPU would wait for
+        these calls, one with a mask.
 
         Args:
             x: (B, L, D).
             slices: the scales' places in the sequence.
         """
         q, k, v = self._qkv(x, rope)
-        attended = [
-            F.scaled_dot_product_attention(q[:, :, s], k[:, :, : s.stop], v[:, :, : s.stop], scale=1.0) for s in slices
-        ]
-        mixed: Tensor = self.proj(torch.cat(attended, dim=2).transpose(1, 2).flatten(2))
+        if x.device.type == "cuda" and len(x) * x.shape[1] < LONG and not torch.is_grad_enabled():
+            mask = _prefixes(tuple(s.stop for s in slices), q.device, q.dtype)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        else:
+            each = [(q[:, :, s], k[:, :, : s.stop], v[:, :, : s.stop]) for s in slices]
+            attended = torch.cat([F.scaled_dot_product_attention(*some, scale=1.0) for some in each], dim=2)
+        mixed: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return mixed
 
     def step(self, x: Tensor, rope: Rope, cache: KVCache, block: int, positions: slice) -> Tensor:

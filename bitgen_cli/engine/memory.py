@@ -2,7 +2,7 @@
 
 Parameters are counted on the meta device and exact. Memory is an estimate of what tensors hold, within 15 % of what
 was measured on a CPU, without the program, its libraries, the work space of kernels and what the allocator wastes:
-allow 0.5 to 1 GB for those. Prompts are taken to be as long as the model allows. Training: training_memory.py.
+allow 0.5 to 1 GiB for those. Prompts are taken to be as long as the model allows. Training: training_memory.py.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ is the case of one rank, in which everything here does nothing.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from bitgen_cli.errors import ResourceError, UsageError
 from bitgen_cli.place import place
@@ -24,6 +26,9 @@ STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp")
 
 _PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others; the first one draws pictures and writes files meanwhile."""
+_HERE = "bitgen-here"
+_LOOK_AGAIN = 0.2
+"""Seconds between two looks whether the others have come."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,23 @@ class Ranks:
         from torch.distributed.fsdp import FSDPModule
 
         return [module for module in self._wrapped.modules() if isinstance(module, FSDPModule)]
+
+
+def wait_for_others() -> None:
+    """Returns when all processes that torchrun has started for one job have come here, however long that takes.
+
+    It ends all of them as soon as one ends with an exit code that says something failed. Where it has not started them
+    nobody does, and there is nothing to wait for.
+    """
+    here = place()
+    if here.count == 1 or not dist.is_torchelastic_launched():
+        return
+    store, _, _ = next(rendezvous("env://", timeout=_PATIENCE))
+    store.set(f"{_HERE}/{here.rank}", "")
+    everyone = [f"{_HERE}/{rank}" for rank in range(here.count)]
+    with suppress(RuntimeError):  # whoever keeps the store has left, as all have been here
+        while not store.check(everyone):
+            time.sleep(_LOOK_AGAIN)
 
 
 @contextmanager

@@ -1,16 +1,17 @@
 """Self-correction of finished pictures: bits that the model finds unlikely are turned over, without drawing again.
 
 The model has learned to go on from pictures with wrong bits (self_correction.py), so one teacher-forced pass tells for
-every bit how likely it is after what the coarser scales hold. The next round looks at them anew, after what has
-changed, and with guidance, which sees more and takes twice the time. Of a picture that was tokenized, later scales are
-quantised anew after each round.
+every bit how likely it is after what the coarser scales hold. Guidance sees more, and takes as long again: the first
+round guides the coarse scales, where a wrong bit does most and positions are few. The next round looks at all of them
+anew, after what has changed, and guides all. Of a picture that was tokenized, later scales are quantised anew after
+each round.
 Source: the training is Infinity's bitwise self-correction (arXiv 2412.04431); this use of it is ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +20,17 @@ from torch import Tensor
 from bitgen_cli.engine import pyramid
 from bitgen_cli.engine.active_bits import logits_in_use, widened_positions
 from bitgen_cli.engine.bits import to_grid, to_positions
+from bitgen_cli.engine.layers import LONG
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.transformer import Condition, Predictor, TextFeatures
 
-SURE, SURE_OF_FINE = 3.0, 2.0
+SURE, SURE_OF_FINE = 3.0, 1.5
 """Difference of the logits against a bit, in the first round, from which it is turned over: a probability of 4.7 %, and
-of 12 % on the last scale, after which nothing follows that would have been chosen otherwise."""
+of 18 % on the last scale, after which nothing follows that would have been chosen otherwise."""
 SURER = 1.0
 """What each further round asks for more, so that fewer bits change in it."""
+COARSE = 0.25
+"""Share of all positions that the scales have which the first round guides."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,14 @@ class Refined:
         changed: (B, scales) bits that are not what they were.
         likelihood: (B, rounds) mean log-likelihood of a bit in nats without guidance, as each round found it at its
             start; NaN in rounds after one that found nothing more to change in the picture.
+        gain: (B,) by how much it has risen: to what the last round found, and there by the bits it turned over, each
+            after the coarser scales as it saw them. What they change for finer scales the next round would tell.
     """
 
     bits: list[Tensor]
     changed: Tensor
     likelihood: Tensor
+    gain: Tensor
 
 
 @torch.inference_mode()
@@ -68,8 +75,8 @@ def refine(
         schedule: scales of the pictures.
         bits: per scale (B, d, h, w) bool.
         rounds: at most so many times, 1 or more.
-        both: the same of those prompts and of B to guide away from, for all rounds but the first; None guides none.
-        guidance: of the logits then.
+        both: the same of those prompts and of B to guide away from; None guides nothing.
+        guidance: of the logits.
         where: per scale (1, 1, h, w) bool, positions that may change; None is all.
         latent: (B, d, H, W) what the bits were quantised from. Later scales are then quantised anew after what has been
             turned over, so that the sum stays near it. Bits that were drawn have none: they are what is meant, and
@@ -82,14 +89,17 @@ def refine(
     sure = torch.full((schedule.positions, 1), SURE, device=start.device)
     sure[schedule.slices[-1]] = SURE_OF_FINE
     settled = torch.zeros(len(start), dtype=torch.bool, device=start.device)
-    likelihoods = []
+    likelihoods: list[Tensor] = []
+    gain = torch.zeros(len(start), device=start.device)
     for number in range(rounds):
-        prompts = text if number == 0 or both is None else both
-        against, unguided = _against(transformer, prompts, schedule, now, guidance)
+        guided = len(schedule) if number else _coarse(schedule)
+        against, plainly = _against(transformer, text, both, schedule, now, guidance, guided)
         unlikely = against > sure + number * SURER
         unlikely = unlikely if may_change is None else unlikely & may_change
-        likelihood = -F.softplus(unguided).flatten(1).mean(1)
+        likelihood = -F.softplus(plainly).flatten(1).mean(1)
+        risen = (plainly * unlikely).flatten(1).mean(1)  # log p of the other value less log p of this one: the logit
         likelihoods.append(likelihood.masked_fill(settled, torch.nan))
+        gain = torch.where(settled, gain, likelihood - likelihoods[0] + risen)
         if number > 0 or both is None:  # later rounds look as this one, and ask for more
             settled = settled | ~unlikely.flatten(1).any(1)
             if settled.all():
@@ -100,7 +110,7 @@ def refine(
             now = _positions(_requantised(latent, schedule, *grids), cell)
     found = _grids(now, schedule)
     changed = torch.stack([(a != b).flatten(1).sum(1) for a, b in zip(found, bits, strict=True)], dim=1)
-    return Refined(found, changed, torch.stack(likelihoods, dim=1))
+    return Refined(found, changed, torch.stack(likelihoods, dim=1), gain)
 
 
 def _of_all(there: Tensor, like: Tensor) -> Tensor:
@@ -132,24 +142,54 @@ def _requantised(latent: Tensor, schedule: Schedule, bits: Sequence[Tensor], tur
     return found
 
 
+def _coarse(schedule: Schedule) -> int:
+    """How many scales the first round guides."""
+    return sum(at.stop <= COARSE * schedule.positions for at in schedule.slices)
+
+
 def _against(
-    transformer: Predictor, text: TextFeatures | Condition, schedule: Schedule, bits: Tensor, guidance: float
+    transformer: Predictor,
+    text: TextFeatures | Condition,
+    both: TextFeatures | Condition | None,
+    schedule: Schedule,
+    bits: Tensor,
+    guidance: float,
+    guided: int,
 ) -> tuple[Tensor, Tensor]:
     """What the model holds against bits (B, L, K): the logit of the other value minus that of this one.
 
-    Args: as `refine`; `text` has B rows, or 2B for guidance.
+    Args: as `refine`; so many scales are `guided`.
 
     Returns:
         (B, L, K), and the same without guidance.
     """
-    every = transformer.bits_per_position
+    batch, _, known = bits.shape
     seen = pyramid.inputs_from_bits(_grids(bits, schedule), schedule)
-    nothing = torch.zeros(len(bits), 0, bits.shape[-1], device=bits.device)
-    inputs = widened_positions(_positions(seen, schedule.cell) if seen else nothing, every)
-    rows = len(text.pooled if isinstance(text, Condition) else text.lengths)
-    logits = transformer(inputs.repeat(rows // len(bits), 1, 1), text, schedule)
-    pairs = torch.unflatten(logits_in_use(logits, bits.shape[-1]), -1, (-1, 2))
-    of_one = pairs[..., 1] - pairs[..., 0]
-    conditional, unconditional = of_one.chunk(2) if rows > len(bits) else (of_one, of_one)
-    guided = torch.lerp(unconditional, conditional, guidance) if rows > len(bits) else of_one
-    return torch.where(bits, -guided, guided), torch.where(bits, -conditional, conditional)
+    nothing = torch.zeros(batch, 0, known, device=bits.device)
+    inputs = _positions(seen, schedule.cell) if seen else nothing
+    inputs = widened_positions(inputs, transformer.bits_per_position)
+
+    def of_one(inputs: Tensor, text: TextFeatures | Condition, schedule: Schedule) -> Tensor:
+        pairs = torch.unflatten(logits_in_use(transformer(inputs, text, schedule), known), -1, (-1, 2))
+        return pairs[..., 1] - pairs[..., 0]
+
+    coarse = replace(schedule, sizes=schedule.sizes[:guided])
+    count = coarse.positions
+    if both is None or not guided:
+        conditional = logits = of_one(inputs, text, schedule)
+    elif guided == len(schedule) or (bits.device.type == "cuda" and batch * schedule.positions < LONG):
+        # in one pass, also where what is not used costs nothing
+        conditional, unconditional = of_one(inputs.repeat(2, 1, 1), both, schedule).chunk(2)
+        logits = _guided(conditional, unconditional[:, :count], guidance)
+    else:
+        conditional = of_one(inputs, text, schedule)
+        unconditional = of_one(inputs[:, : count - 1], both.part(slice(batch, None)), coarse)
+        logits = _guided(conditional, unconditional, guidance)
+    return torch.where(bits, -logits, logits), torch.where(bits, -conditional, conditional)
+
+
+def _guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Logits (B, L, K) of which the first are guided: those that `unconditional` has."""
+    count = unconditional.shape[1]
+    first = torch.lerp(unconditional, conditional[:, :count], guidance)
+    return torch.cat((first, conditional[:, count:]), dim=1)

@@ -216,7 +216,7 @@ def draw_bits(
     for k, size in enumerate(schedule.sizes):
         rows = 2 * batch if k <= last_guided else batch
         if rows < condition.pooled.shape[0]:
-            condition = condition.first(rows)
+            condition = condition.part(slice(rows))
         inputs = kept = None
         if total is not None:
             seen = pyramid.next_input(total, schedule.latent_sizes[k])
@@ -325,7 +325,7 @@ def _read_prompts(
     """What refinement looks at bits by: the prompts, and with those that are guided away from; read, if they were."""
     if (whole := drawn.condition) is not None:
         batch = len(text.lengths)
-        return whole.first(batch), whole if len(whole.pooled) > batch else None
+        return whole.part(slice(batch)), whole if len(whole.pooled) > batch else None
     if guidance == 1:
         return text, None
     return text, TextFeatures.join([text, negative or transformer.null_features(text.lengths)])

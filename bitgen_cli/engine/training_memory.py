@@ -1,7 +1,7 @@
 """How much memory a training needs, by rehearsing its step on tensors without contents (rehearsal.py).
 
 The estimate is of what tensors hold. The program and its libraries, the work space of kernels and what an allocator
-wastes come on top: allow 0.5 to 1 GB for those. Autocast follows the rules of the device. Text encoders are counted,
+wastes come on top: allow 0.5 to 1 GiB for those. Autocast follows the rules of the device. Text encoders are counted,
 not rehearsed, and picture grids are estimated as in memory.py. Prompts are taken to be as long as the model allows.
 
 Blocks are alike: a transformer is rehearsed with one and with two of them, which says what each further one adds.

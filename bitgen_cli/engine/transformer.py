@@ -50,6 +50,10 @@ class TextFeatures:
         lengths = tuple(length for length in self.lengths for _ in range(times))
         return TextFeatures(self.features.repeat_interleave(times, dim=0), lengths)
 
+    def part(self, rows: slice) -> TextFeatures:
+        """Some rows of the batch."""
+        return TextFeatures(self.features[rows], self.lengths[rows])
+
     @staticmethod
     def join(parts: Sequence[TextFeatures]) -> TextFeatures:
         """One batch of several, padded to the longest."""
@@ -79,12 +83,10 @@ class Condition:
     head_modulation: Tensor
     text: list[TextKV]
 
-    def first(self, rows: int) -> Condition:
-        """The first rows of the batch."""
-        text = [
-            TextKV(kv.keys[:rows], kv.values[:rows], None if kv.mask is None else kv.mask[:rows]) for kv in self.text
-        ]
-        return Condition(self.pooled[:rows], self.modulation[:rows], self.head_modulation[:rows], text)
+    def part(self, rows: slice) -> Condition:
+        """Some rows of the batch."""
+        text = [TextKV(kv.keys[rows], kv.values[rows], None if kv.mask is None else kv.mask[rows]) for kv in self.text]
+        return Condition(self.pooled[rows], self.modulation[rows], self.head_modulation[rows], text)
 
 
 class Predictor(Protocol):

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from bitgen_cli.engine.data import to_pil, to_uint8
-from bitgen_cli.engine.device import pick_device, pick_dtype
+from bitgen_cli.engine.device import keep_freed_memory, pick_device, pick_dtype
 from bitgen_cli.engine.editing import Given
 from bitgen_cli.engine.graphs import RecordedTransformer
 from bitgen_cli.engine.memory import parameters
@@ -153,6 +153,7 @@ def placement_of(jobs: Sequence[Job], setting: Setting, options: SampleOptions) 
 
 def load_painter(setting: Setting, placement: Placement, options: SampleOptions, report: Report) -> Painter:
     """The model with the weights that drawing takes, each where it belongs."""
+    keep_freed_memory(placement.total)
     model = load_model(
         setting.model.folder,
         device=setting.device,
@@ -241,9 +242,13 @@ def draw(
 
 
 def _refined_facts(refined: Refined) -> list[dict[str, Any]]:
-    """Of each picture: bits changed of each scale, and the mean log-likelihood of a bit at the start of each round."""
-    rows = zip(refined.changed.tolist(), refined.likelihood.tolist(), strict=True)
+    """Of each picture: bits changed of each scale; the log-likelihood of a bit as each round found it, and its gain."""
+    rows = zip(refined.changed.tolist(), refined.likelihood.tolist(), refined.gain.tolist(), strict=True)
     return [
-        {"bits_changed": changed, "log_likelihood": [round(found, 4) for found in likelihood if found == found]}
-        for changed, likelihood in rows
+        {
+            "bits_changed": changed,
+            "log_likelihood": [round(found, 4) for found in likelihood if found == found],
+            "log_likelihood_gain": round(gain, 4),
+        }
+        for changed, likelihood, gain in rows
     ]

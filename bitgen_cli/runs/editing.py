@@ -36,7 +36,7 @@ def load_original(options: SampleOptions, recipe: Recipe | None, report: Report)
         return options
     if options.original == STDIN == options.prompts_file:
         raise UsageError("--from and --prompts cannot both read stdin", "give one of them as a file")
-    original = read_original(options.original)
+    original = read_original(options.original, report)
     require_prompt(original, bool(options.prompts or options.prompts_file))
     mask = None if options.mask is None else read_mask(options.mask, original)
     edit = Edit(original, mask, options.keep_scales or 0)

@@ -56,8 +56,8 @@ from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.files import atomic_path, write_json
 from bitgen_cli.presets import DEFAULT, Resolved
 from bitgen_cli.report import Report
+from bitgen_cli.runs.class_words import check_class, with_article
 from bitgen_cli.runs.fitting import PROGRAM, Fit, fit_of, lower_resolution, size, with_recipe
-from bitgen_cli.runs.gen_priors import check_class, with_article
 from bitgen_cli.runs.logs import plan_logs
 from bitgen_cli.runs.models import provide_model
 from bitgen_cli.runs.recipes import subject_recipe

@@ -206,7 +206,7 @@ def fit_of(
 
 def size(number: int) -> str:
     """Bytes for people."""
-    return f"{number / 2**30:.1f} GB" if number >= 2**30 else f"{number / 2**20:.0f} MB"
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
 def _recipe(config: Config, stage: str) -> LoopConfig:

@@ -143,6 +143,11 @@ class Job:
         """What its bits depend on besides what it shows: the schedule and the bits per latent position."""
         return self.schedule, self.bits
 
+    @property
+    def drawn_by(self) -> int | None:
+        """The seed; None where no bit is drawn."""
+        return self.seed if self.edit is None or self.edit.draws else None
+
     def together(self) -> tuple[object, ...]:
         """Pictures with the same value are drawn in one batch."""
         worn = tuple((worn.subject.file, worn.scale) for worn in self.subjects)
@@ -206,9 +211,9 @@ def jobs_of(options: SampleOptions, model: Model, reader: PromptReader, known: S
 
 
 def _new_seed(edit: Edit | None) -> int:
-    """A seed drawn at random; of a picture of which no bit is drawn its own one, where that is known."""
-    if edit is not None and not edit.draws and edit.original.recipe is not None:
-        return edit.original.recipe.seed
+    """A seed drawn at random; of a picture of which no bit is drawn its own one, 0 where that is not known."""
+    if edit is not None and not edit.draws:
+        return 0 if edit.original.recipe is None else edit.original.recipe.seed
     return secrets.randbelow(2**32)
 
 
@@ -257,7 +262,6 @@ def chosen_sampling(options: SampleOptions, model: Model) -> SamplingConfig:
     for override in options.overrides:
         if not override.startswith("sampling."):
             raise UsageError(f"--set {override}: only sampling values can be set here", "for example sampling.cfg=4")
-    given = {key: value for key, value in flags.items() if value is not None}
     remembered = None if options.remembered is None else options.remembered.sampling
     own = (remembered or model.sampling).model_dump(mode="json")
     if options.tau is not None:
@@ -265,9 +269,15 @@ def chosen_sampling(options: SampleOptions, model: Model) -> SamplingConfig:
     stored = {
         "name": model_name(model.folder),
         "model": model.config.model_dump(mode="json"),
-        "sampling": own | given,
+        "sampling": own,
     }
-    found = resolve_stored(stored, {}, where="sampling options", overrides=options.overrides).config.sampling
+    found = resolve_stored(
+        stored,
+        {},
+        where="sampling options",
+        flags={f"sampling.{key}": value for key, value in flags.items()},
+        overrides=options.overrides,
+    ).config.sampling
     if found.target_confidence is not None and found.top_k == 1:
         raise UsageError("the likelier value of every bit is the same at every temperature: no target_confidence")
     return found

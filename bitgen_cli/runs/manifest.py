@@ -91,14 +91,16 @@ class Manifest:
     def claim(
         self,
         rows: Sequence[tuple[Key, dict[str, Any]]],
-        names: Sequence[Callable[[set[Path]], Path]],
+        names: Sequence[Callable[[set[Path]], Path | None]],
         scales: Callable[[Path], Path | None] = lambda _: None,
     ) -> list[Path | None]:
-        """Lists pictures that are about to be written, and returns where; None for one that another process has listed.
+        """Lists pictures that are about to be written, and returns where; None for those that are not to be.
+
+        Another process has listed them, or they have no name.
 
         Args:
             rows: each picture, with its prompt, seed and recipe.
-            names: of each a name that is not among those given.
+            names: of each a name that is not among those given; None where there is none.
             scales: where what shows a picture after each scale goes, by the picture's name; None where it is not shown.
 
         Raises:
@@ -117,6 +119,8 @@ class Manifest:
                         continue
                     path = name(taken) if found is None else found.path
                     paths.append(path)
+                    if path is None:
+                        continue
                     beside = scales(path)
                     if found is None or beside not in (None, found.scales):
                         taken.update(Listed(path, 0, beside).files)

@@ -371,7 +371,7 @@ def _require_disk(name: str, folder: Path, made: Mapping[str, int], snapshots: S
 
 
 def amount(size: int) -> str:
-    """Bytes for people."""
+    """Bytes that are fetched for people, as hubs and browsers count them."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 

@@ -20,14 +20,16 @@ from torch import Tensor
 from bitgen_cli.engine.captions import printable
 from bitgen_cli.engine.data import decode_picture, load_mask, picture_content, to_tensor
 from bitgen_cli.engine.scales import Schedule
-from bitgen_cli.errors import UsageError
+from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.files import explain
+from bitgen_cli.report import Report
 from bitgen_cli.runs.recipe_file import Recipe, carried
 
 STDIN = "-"
 """As --from: the picture comes from there."""
 WHITE = 128
 """Of a mask, what is at least so bright of 255 is drawn anew."""
+_NUMBERS = re.compile(r"[\d\s.,+-]*")
 _BOX = re.compile(r"\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*")
 
 
@@ -117,14 +119,15 @@ class Edit:
         }
 
 
-def read_original(source: str) -> Original:
+def read_original(source: str, report: Report) -> Original:
     """The picture with what it carries; read once, as it may be a stream.
 
     Args:
         source: a file, or STDIN.
+        report: gets a notice where what it carries is no recipe: it is a photo then.
 
     Raises:
-        InputError: it cannot be read, or carries what no recipe is.
+        InputError: it cannot be read.
     """
     file = Path("standard input" if source == STDIN else source)
     try:
@@ -133,7 +136,11 @@ def read_original(source: str) -> Original:
     except OSError as error:
         raise explain(error, file, "read") from error
     image = decode_picture(content, str(file))
-    recipe, bits = carried(content, str(file))
+    try:
+        recipe, bits = carried(content, str(file))
+    except InputError as error:
+        report.notice(f"{error.message}; it is taken for a photo")
+        recipe = bits = None
     return Original(file, hashlib.sha256(content).hexdigest(), image, recipe, bits)
 
 
@@ -161,7 +168,7 @@ def read_mask(text: str, original: Original) -> Mask:
         image.paste(255, (x, y, x + w, y + h))
         return Mask(image, {"box": [x, y, w, h]})
     file = Path(text)
-    if text.count(",") == 3 and not file.exists():
+    if (text.count(",") == 3 or _NUMBERS.fullmatch(text)) and not (text and file.exists()):
         raise UsageError(f"--mask {text}: neither a file nor four whole numbers", "X,Y,WIDTH,HEIGHT from the top left")
     image = load_mask(file)
     if image.size != (width, height):
@@ -191,7 +198,10 @@ def check_edit(edit: Edit, schedule: Schedule, where: Sequence[Tensor], *, refin
         )
     if edit.draws:
         if not any(bool(grid.any()) for grid in where):
-            raise UsageError("no bit can change under this mask", "make it larger, or keep fewer scales")
+            raise UsageError(
+                "nothing of the mask's white is left when the picture is cropped and resized for the model",
+                "make it larger, or move it to the middle",
+            )
         return
     if not refine:
         raise UsageError(

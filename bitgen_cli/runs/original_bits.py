@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitgen_cli.engine import pyramid
 from bitgen_cli.engine.codec import Codec
-from bitgen_cli.engine.data import covering, to_tensor
+from bitgen_cli.engine.data import cropped_share, to_tensor
 from bitgen_cli.engine.device import give_back
 from bitgen_cli.engine.editing import Given
 from bitgen_cli.engine.model_folder import load_model
@@ -142,9 +142,8 @@ def _tokenize(job: Job, setting: Setting, report: Report) -> None:
         latent = _latent(pixels, job.bits, setting, torch.device("cpu"), torch.float32)
     bits, _ = pyramid.encode(latent, job.schedule)
     original.found[job.kind] = FoundBits(bits, "tokenized", latent)
-    scaled = covering(original.image.size, (height, width))
-    lost = 1 - height * width / (scaled[0] * scaled[1])
-    cut = f" without {lost:.0%} of it, cut off at the sides" if lost >= 0.01 else ""
+    lost = cropped_share(original.image.size, (height, width))
+    cut = f" without the {min(lost, 0.99):.0%} of it that are cut off" if lost >= 0.01 else ""
     report.notice(f"{original.file} is tokenized at {width}x{height}{cut}: what the tokenizer cannot show is lost")
 
 

@@ -26,7 +26,7 @@ from bitgen_cli.files import atomic_path
 from bitgen_cli.runs.carried_bits import packed
 from bitgen_cli.runs.drawing import Picture, Setting
 from bitgen_cli.runs.jobs import Job, SampleOptions
-from bitgen_cli.runs.recipe_file import BITS, RECIPE
+from bitgen_cli.runs.recipe_file import BITS, PICTURES, RECIPE
 from bitgen_cli.runs.scale_pictures import files_of
 
 
@@ -142,12 +142,21 @@ def _info(image: Image.Image, carried: Carried) -> PngImagePlugin.PngInfo | None
     return info
 
 
-def write_grid(images: list[Image.Image], options: SampleOptions, setting: Setting) -> Path:
-    if len({image.size for image in images}) > 1:
-        raise UsageError("--grid needs pictures of one size", "draw the others in another call")
+def grid_path(options: SampleOptions) -> Path:
+    """Where all pictures go as one, if that is free."""
+    return output_folder(options.output) / "grid.png"
+
+
+def write_grid(images: Sequence[Image.Image], options: SampleOptions, setting: Setting) -> Path:
+    """Writes pictures of one size as one, in rows, and returns where.
+
+    Raises:
+        ResourceError: no space left.
+        InputError: not allowed to write there.
+    """
     columns = min(len(images), max(1, round(len(images) ** 0.5)) if len(images) > 8 else len(images))
     stacked = torch.stack([to_tensor(image, (image.height, image.width)) for image in images])
-    path = _free(output_folder(options.output) / "grid.png", setting.taken, overwrite=options.overwrite)
+    path = _free(grid_path(options), setting.taken, overwrite=options.overwrite)
     with atomic_path(path) as temporary:
         grid(stacked, columns).save(temporary, format="PNG")
     return path
@@ -173,6 +182,11 @@ def check_output(output: str, count: int) -> None:
     if count > 1 and not fields and not _is_folder(output):
         hint = "give a folder, or a template with {index}"
         raise UsageError(f"--output {output} is one file for {count} pictures", hint)
+    if not _is_folder(output) and Path(output).suffix.lower() in PICTURES[1:]:
+        raise UsageError(
+            f"--output {output}: pictures are written as PNGs, which can carry their recipe",
+            f"name it {Path(output).with_suffix(PICTURES[0])}",
+        )
 
 
 def _fields(output: str) -> list[tuple[str, str | None, str | None, str | None]]:

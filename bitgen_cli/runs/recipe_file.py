@@ -29,7 +29,7 @@ LARGEST = 1 << 20
 """Bytes of a recipe in a file of its own; Pillow has the same bound for one in a picture."""
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""Suffixes of pictures."""
+"""Suffixes of pictures, first that of those which can carry a recipe."""
 
 OUTCOMES = ("refined",)
 """Keys that say what came of a recipe, and draw nothing."""
@@ -224,5 +224,6 @@ def checked(stored: Mapping[str, Any], where: str) -> Recipe:
         return Recipe.model_validate({**plain, "sampling": SamplingConfig.model_validate(sampling), "unknown": unknown})
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
+        # of a value that may be of several kinds, pydantic names the kind too
+        key = ".".join(str(part) for part in problem["loc"] if isinstance(part, int) or part.isidentifier())
         raise InputError(f"{where}: the recipe's {key}: {problem['msg']}", "was it made by bitgen sample?") from error

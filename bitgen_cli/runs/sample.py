@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from bitgen_cli.engine.device import give_back, keep_freed_memory, pick_device
-from bitgen_cli.errors import InputError, Interrupted, ResourceError, UsageError
+from bitgen_cli.engine.data import load_picture
+from bitgen_cli.engine.device import give_back, pick_device
+from bitgen_cli.engine.parallel import wait_for_others
+from bitgen_cli.errors import BitgenError, InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.place import Place, place
 from bitgen_cli.report import Report, Task
 from bitgen_cli.runs.drawing import (
     Features,
     Painter,
     Picture,
-    Setting,
     batches,
     draw,
     features_of,
@@ -30,13 +28,14 @@ from bitgen_cli.runs.drawing import (
     setting_of,
 )
 from bitgen_cli.runs.editing import load_original
-from bitgen_cli.runs.jobs import STDOUT, Job, SampleOptions, jobs_of
-from bitgen_cli.runs.manifest import Key, Listed, Manifest
+from bitgen_cli.runs.jobs import STDOUT, Job, SampleOptions
+from bitgen_cli.runs.manifest import Key, Manifest
 from bitgen_cli.runs.original_bits import draw_again, given_of, jobs_again, tokenize_others
 from bitgen_cli.runs.output import (
     Carried,
     carried_by,
     check_output,
+    grid_path,
     named_file,
     output_folder,
     path_of,
@@ -47,6 +46,7 @@ from bitgen_cli.runs.output import (
     write_picture,
 )
 from bitgen_cli.runs.placement import Placement
+from bitgen_cli.runs.planned import Call, Done, Planned, plan
 from bitgen_cli.runs.prompt_file import Failure, Request, requested
 from bitgen_cli.runs.prompts import tell_cut
 from bitgen_cli.runs.reproduce import load_recipe, tell_differences
@@ -55,32 +55,6 @@ from bitgen_cli.runs.scale_pictures import check_format, files_of, scales_path, 
 
 AHEAD = 256
 """Pictures whose text features are in memory: the text encoder is loaded at most once for each so many."""
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A picture to draw.
-
-    Attributes:
-        job: what.
-        index: among all that were asked for, the done ones too.
-        key: in the manifest; None for a prompt that was typed.
-    """
-
-    job: Job
-    index: int
-    key: Key | None = None
-
-
-@dataclass
-class _Done:
-    """What has become of a job so far; pictures by their index."""
-
-    pictures: dict[int, SampledPicture] = field(default_factory=dict)
-    images: dict[int, Image.Image] = field(default_factory=dict)
-    failures: list[Failure] = field(default_factory=list)
-    kept: int = 0
-    png: bytes | None = None
 
 
 def sample(
@@ -100,13 +74,12 @@ def sample(
         UsageError: no prompt, an empty prompt, options that do not fit the model or each other.
         InputError: the model or the prompt file cannot be read, the output cannot be written.
         ResourceError: not enough memory or disk.
-        Interrupted: stopped by the user in a prompt file; the same call goes on.
+        Interrupted: stopped by the user in a prompt file, or `on_picture` has nobody to tell; the same call goes on.
     """
-    keep_freed_memory()
     here = place()
     options, recipe = load_recipe(options, report)
     options = load_original(options, recipe, report)
-    done = _Done()
+    done = Done()
     requests, done.failures = requested(options, here)
     _check_whole(options, requests, bool(done.failures), here)
     if here.count > 1:
@@ -115,7 +88,11 @@ def sample(
     manifest = None
     if options.prompts_file is not None and options.output != STDOUT:
         manifest = Manifest(output_folder(options.output), anew=options.overwrite and here.count == 1)
-    planned = list(_plan(requests, options, setting, manifest, done))
+        setting.taken.add(manifest.file)
+    call = Call(options, setting, manifest, done, report, on_picture)
+    planned = list(plan(requests, call))
+    if options.grid and len(done.sizes) > 1:
+        raise UsageError("--grid needs pictures of one size", "draw the others in another call")
     jobs = [one.job for one in planned]
     _tell_subjects(jobs, report)
     if recipe is not None:
@@ -126,23 +103,34 @@ def sample(
     seconds = 0.0
     if planned:
         try:
-            seconds = _draw(planned, options, setting, manifest, done, report, on_picture)
-        except KeyboardInterrupt as error:
+            seconds = _draw(planned, call)
+        except (KeyboardInterrupt, BrokenPipeError) as error:  # or nobody listens to the names any more
             if manifest is None:
                 raise
             count = f"{len(done.pictures)} of {len(planned)} pictures"
             raise Interrupted(f"stopped after {count}", "the same command goes on") from error
+    if here.count > 1:
+        with report.task("waiting for the other processes", None):
+            wait_for_others()
     _tell_refined([one.recipe["refined"] for one in done.pictures.values() if "refined" in one.recipe], report)
-    images = [done.images[index] for index in sorted(done.images)]
     return SampleResult(
         [done.pictures[index] for index in sorted(done.pictures)],
-        write_grid(images, options, setting) if images else None,
+        _grid(call) if options.grid else None,
         seconds,
         done.kept,
         tuple(sorted(done.failures, key=lambda failure: failure.line)),
         None if manifest is None or not manifest.file.exists() else manifest.file,
         done.png,
     )
+
+
+def _grid(call: Call) -> Path | None:
+    """Writes all pictures as one, those of earlier calls too; where none is new and there is one already, nothing."""
+    there, images = call.done.there, call.done.images
+    if not (images or there) or (not images and grid_path(call.options).exists()):
+        return None
+    all_of_them = {index: load_picture(path) for index, path in there.items()} | images
+    return write_grid([all_of_them[index] for index in sorted(all_of_them)], call.options, call.setting)
 
 
 def _check_whole(options: SampleOptions, requests: Sequence[Request], failed: bool, here: Place) -> None:
@@ -156,8 +144,9 @@ def _check_whole(options: SampleOptions, requests: Sequence[Request], failed: bo
     if not requests and not failed and here.count == 1:
         raise UsageError("no prompt", 'for example: bitgen sample "a red dog on the moon"')
     if options.output == STDOUT:
-        alone = sum(one.options.num_images for one in requests) == 1 and here.count == 1
-        if not alone or options.grid or options.save_scales or requests[0].options.output != STDOUT:
+        wanted = sum(one.options.num_images for one in requests)
+        elsewhere = options.grid or options.save_scales or any(one.options.output != STDOUT for one in requests)
+        if wanted > 1 or here.count > 1 or elsewhere:
             raise UsageError("--output - writes one picture to stdout, and that alone", "a folder takes several")
     elif options.output is not None:
         count = sum(one.options.num_images for one in requests if one.options.output == options.output)
@@ -177,99 +166,15 @@ def _own_device(name: str, here: Place) -> str:
     return own
 
 
-def _plan(
-    requests: Sequence[Request], options: SampleOptions, setting: Setting, manifest: Manifest | None, done: _Done
-) -> Iterator[_Planned]:
-    """The pictures that are not there yet; lines that cannot be drawn become failures."""
-    for request in requests:
-        own = request.options
-        try:
-            if own.output is not None and own.output != options.output:
-                check_output(own.output, own.num_images)
-            jobs = jobs_of(own, setting.model, setting.text.reader, setting.known)
-            keys = [None] * len(jobs) if manifest is None or not request.line else _keys(request, jobs, setting)
-            if manifest is not None:
-                jobs = _with_known_seeds(jobs, keys, manifest)
-            done_already = [key is not None and manifest is not None and manifest.is_done(key) for key in keys]
-            for key, is_done in zip(keys, done_already, strict=True):
-                listed = None if key is None or manifest is None else manifest.find(key)
-                if not is_done:
-                    _take_name(own.output, listed, options, setting)
-        except (UsageError, InputError) as error:
-            if not request.line:
-                raise
-            done.failures.append(Failure(request.line, str(error)))
-            continue
-        done.kept += sum(done_already)
-        for number, (job, key) in enumerate(zip(jobs, keys, strict=True)):
-            if not done_already[number]:
-                yield _Planned(job, request.first + number, key)
-
-
-def _take_name(output: str | None, listed: Listed | None, options: SampleOptions, setting: Setting) -> None:
-    """Keeps the files of a picture for it, where its name is known already.
-
-    Raises:
-        UsageError: they are there, or another line's. What a killed job has written is the picture's own.
-    """
-    path = named_file(output) if listed is None else listed.path
-    if path is None or output == STDOUT:
-        return
-    files = files_of(path, options.save_scales)
-    for file in files:
-        if listed is None or file != listed.scales:
-            require_free(file, overwrite=options.overwrite)
-        if file in setting.taken:
-            raise UsageError(f"{file} is the output of another line")
-    setting.taken.update(files)
-
-
-def _keys(request: Request, jobs: Sequence[Job], setting: Setting) -> list[Key | None]:
-    """Of the pictures of a line, by all that they are drawn by but a seed that was drawn at random."""
-    job = jobs[0]
-    content: list[Any] = [
-        request.text,
-        request.options.seed,
-        job.negative,
-        job.sampling.model_dump(mode="json"),
-        [job.schedule.ratio, job.schedule.sizes],
-        job.bits,
-        job.output,
-        [[worn.subject.sha256, worn.scale] for worn in job.subjects],
-        sorted(setting.model.fingerprints.items()),
-        [str(setting.dtype), setting.precision.name],
-    ]
-    if (edit := job.edit) is not None:
-        content.append([edit.original.sha256, None if edit.mask is None else edit.mask.facts, edit.keep_scales])
-    of = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    return [Key(request.line, of, number) for number in range(len(jobs))]
-
-
-def _with_known_seeds(jobs: list[Job], keys: Sequence[Key | None], manifest: Manifest) -> list[Job]:
-    """The pictures of a line by the seeds that were drawn for it when it was begun."""
-    for number, key in enumerate(keys):
-        listed = None if key is None else manifest.find(key)
-        if listed is not None:
-            return [replace(job, seed=listed.seed - number + k) for k, job in enumerate(jobs)]
-    return jobs
-
-
-def _draw(
-    planned: Sequence[_Planned],
-    options: SampleOptions,
-    setting: Setting,
-    manifest: Manifest | None,
-    done: _Done,
-    report: Report,
-    on_picture: Callable[[SampledPicture], None],
-) -> float:
+def _draw(planned: Sequence[Planned], call: Call) -> float:
     """Draws and writes all pictures; returns the seconds it took."""
+    options, setting, report = call.options, call.setting, call.report
     jobs = [one.job for one in planned]
     again = jobs_again(jobs, setting, options, report)
     placement = placement_of([*again, *jobs], setting, options)
     tokenize_others(jobs, again, setting, report)
     loaded: list[Painter] = []
-    features = _prepare([*again, *jobs[:AHEAD]], setting, placement, loaded, options, report)
+    features = _prepare([*again, *jobs[:AHEAD]], call, placement, loaded)
     draw_again(again, features[: len(again)], jobs, setting, loaded[0], report)
     features = features[len(again) :]
     seconds = 0.0
@@ -277,22 +182,16 @@ def _draw(
         for start in range(0, len(planned), AHEAD):
             chunk = planned[start : start + AHEAD]
             if start:
-                features = _prepare(jobs[start : start + AHEAD], setting, placement, loaded, options, report)
+                features = _prepare(jobs[start : start + AHEAD], call, placement, loaded)
             started = time.perf_counter()
-            _draw_chunk(chunk, features, options, setting, loaded[0], manifest, done, task, on_picture)
+            _draw_chunk(chunk, features, loaded[0], call, task)
             seconds += time.perf_counter() - started
     return seconds
 
 
-def _prepare(
-    jobs: Sequence[Job],
-    setting: Setting,
-    placement: Placement,
-    loaded: list[Painter],
-    options: SampleOptions,
-    report: Report,
-) -> list[Features]:
+def _prepare(jobs: Sequence[Job], call: Call, placement: Placement, loaded: list[Painter]) -> list[Features]:
     """Text features of jobs. Loads the model, once more where the text encoder has no room beside it."""
+    options, setting, report = call.options, call.setting, call.report
     try:
         features = features_of(jobs, setting, options, report)
     except (ResourceError, torch.OutOfMemoryError):
@@ -307,59 +206,48 @@ def _prepare(
 
 
 def _draw_chunk(
-    chunk: Sequence[_Planned],
-    features: Sequence[Features],
-    options: SampleOptions,
-    setting: Setting,
-    painter: Painter,
-    manifest: Manifest | None,
-    done: _Done,
-    task: Task,
-    on_picture: Callable[[SampledPicture], None],
+    chunk: Sequence[Planned], features: Sequence[Features], painter: Painter, call: Call, task: Task
 ) -> None:
     """Draws pictures whose text features are there, and writes each batch when it is drawn."""
-    setting = replace(setting, model=painter.model)
+    call = replace(call, setting=replace(call.setting, model=painter.model))
     for batch in batches([one.job for one in chunk], painter.placement.batch_size):
         own = [chunk[i] for i in batch]
-        given = given_of(own[0].job, len(own), setting)
-        drawn = draw([one.job for one in own], [features[i] for i in batch], setting, painter, task, given)
-        _write(own, drawn, options, setting, manifest, done, task, on_picture)
+        given = given_of(own[0].job, len(own), call.setting)
+        drawn = draw([one.job for one in own], [features[i] for i in batch], call.setting, painter, task, given)
+        _write(own, drawn, call, task)
 
 
-def _write(
-    planned: Sequence[_Planned],
-    pictures: Sequence[Picture],
-    options: SampleOptions,
-    setting: Setting,
-    manifest: Manifest | None,
-    done: _Done,
-    task: Task,
-    on_picture: Callable[[SampledPicture], None],
-) -> None:
+def _write(planned: Sequence[Planned], pictures: Sequence[Picture], call: Call, task: Task) -> None:
     """Names the pictures of a batch and writes them; of a prompt file they are listed first."""
-    recipes = [recipe_of(one.job, picture, setting) for one, picture in zip(planned, pictures, strict=True)]
+    options, done = call.options, call.done
+    recipes = [recipe_of(one.job, picture, call.setting) for one, picture in zip(planned, pictures, strict=True)]
     if options.output == STDOUT:
         (one,), (picture,), (recipe,) = planned, pictures, recipes
         done.png = picture_bytes(picture.image, carried_by(one.job, picture, recipe, options))
-        done.pictures[one.index] = SampledPicture(Path(STDOUT), one.job.prompt, one.job.seed, recipe)
+        done.pictures[one.index] = SampledPicture(Path(STDOUT), one.job.prompt, one.job.drawn_by, recipe)
         return
-    paths = _names(planned, recipes, options, setting, manifest)
+    paths = _names(planned, recipes, call)
     for one, picture, recipe, path in zip(planned, pictures, recipes, paths, strict=True):
         try:
             carried = carried_by(one.job, picture, recipe, options)
             scales = None if path is None else _write_files(path, picture, carried, options, task)
         except InputError as error:
-            if one.key is None:
-                raise
-            done.failures.append(Failure(one.key.line, str(error)))
+            _failed(one, error, done)
             path = None
         task.advance()
         if path is None:
             continue
-        done.pictures[one.index] = SampledPicture(path, one.job.prompt, one.job.seed, recipe, scales)
+        done.pictures[one.index] = SampledPicture(path, one.job.prompt, one.job.drawn_by, recipe, scales)
         if options.grid:
             done.images[one.index] = picture.image
-        on_picture(done.pictures[one.index])
+        call.on_picture(done.pictures[one.index])
+
+
+def _failed(one: Planned, error: BitgenError, done: Done) -> None:
+    """Keeps why a line of a prompt file could not be drawn; of a prompt that was typed it is raised."""
+    if one.key is None:
+        raise error
+    done.failures.append(Failure(one.key.line, str(error)))
 
 
 def _write_files(
@@ -378,33 +266,32 @@ def _write_files(
     return scales
 
 
-def _names(
-    planned: Sequence[_Planned],
-    recipes: Sequence[dict[str, Any]],
-    options: SampleOptions,
-    setting: Setting,
-    manifest: Manifest | None,
-) -> list[Path | None]:
-    """Where pictures go; None for those that another process draws."""
+def _names(planned: Sequence[Planned], recipes: Sequence[dict[str, Any]], call: Call) -> list[Path | None]:
+    """Where pictures go; None for those that another process draws, or whose name is not free any more."""
     paths: dict[int, Path | None] = {}
     listed: list[tuple[Key, dict[str, Any]]] = []
-    names: list[Callable[[set[Path]], Path]] = []
+    names: list[Callable[[set[Path]], Path | None]] = []
     waiting: list[int] = []
-    form = options.save_scales
+    options, form = call.options, call.options.save_scales
     for number, (one, recipe) in enumerate(zip(planned, recipes, strict=True)):
 
-        def name(taken: set[Path], one: _Planned = one) -> Path:
-            setting.taken.update(taken)
-            return path_of(one.job, one.index, setting, overwrite=options.overwrite, save_scales=form)
+        def name(taken: set[Path], one: Planned = one) -> Path | None:
+            call.setting.taken.update(taken)
+            try:
+                return path_of(one.job, one.index, call.setting, overwrite=options.overwrite, save_scales=form)
+            except UsageError as error:
+                _failed(one, error, call.done)
+                return None
 
-        if manifest is None or one.key is None:
+        if call.manifest is None or one.key is None:
             paths[number] = name(set())
         else:
             listed.append((one.key, {"prompt": one.job.prompt, "seed": one.job.seed, "recipe": recipe}))
             names.append(name)
             waiting.append(number)
-    if manifest is not None and listed:
-        paths |= zip(waiting, manifest.claim(listed, names, lambda path: scales_path(path, form)), strict=True)
+    if call.manifest is not None and listed:
+        claimed = call.manifest.claim(listed, names, lambda path: scales_path(path, form))
+        paths |= zip(waiting, claimed, strict=True)
     return [paths[number] for number in range(len(planned))]
 
 
@@ -421,7 +308,6 @@ def _tell_refined(refined: Sequence[dict[str, Any]], report: Report) -> None:
     if not refined:
         return
     changed = sum(sum(one["bits_changed"]) for one in refined)
-    first, last = (sum(one["log_likelihood"][at] for one in refined) / len(refined) for at in (0, -1))
-    rounds = max(len(one["log_likelihood"]) for one in refined)
-    then = f", and {last:.3f} when the last round began" if rounds > 1 else ""
-    report.notice(f"refined: {changed} bits changed; log-likelihood of a bit was {first:.3f}{then}")
+    before = sum(one["log_likelihood"][0] for one in refined) / len(refined)
+    gain = sum(one["log_likelihood_gain"] for one in refined) / len(refined)
+    report.notice(f"refined: {changed} bits changed; log-likelihood of a bit {before:.3f}, now {before + gain:.3f}")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from bitgen_cli.runs.prompt_file import Failure
+
+MOST_SEEDS = 8
+"""Runs of seeds that are told."""
 
 
 @dataclass(frozen=True)
@@ -14,12 +18,13 @@ class SampledPicture:
     """One picture that was written.
 
     Attributes:
+        seed: None where nothing of it was drawn, but another picture refined.
         scales: the file that shows it after each scale, when asked for.
     """
 
     path: Path
     prompt: str
-    seed: int
+    seed: int | None
     recipe: dict[str, Any]
     scales: Path | None = None
 
@@ -54,6 +59,16 @@ class SampleResult:
     failures: tuple[Failure, ...] = ()
     manifest: Path | None = None
     png: bytes | None = None
+
+    @property
+    def seeds(self) -> str | None:
+        """The seeds that were drawn with, in words."""
+        seeds = sorted({picture.seed for picture in self.pictures if picture.seed is not None})
+        groups = groupby(enumerate(seeds), key=lambda place: place[1] - place[0])
+        runs = [[seed for _, seed in group] for _, group in groups]
+        shown = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs[:MOST_SEEDS]]
+        more = f" and {len(runs) - MOST_SEEDS} more" if len(runs) > MOST_SEEDS else ""
+        return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(shown)}{more}" if seeds else None
 
     def to_json(self) -> dict[str, Any]:
         """The result as one JSON object."""

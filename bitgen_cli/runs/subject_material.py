@@ -31,7 +31,10 @@ from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.files import atomic_path, explain, read_json, write_json
 from bitgen_cli.report import Report
-from bitgen_cli.runs.gen_priors import PriorOptions, gen_priors, read_priors, with_article
+from bitgen_cli.runs.class_words import with_article
+from bitgen_cli.runs.gen_priors import gen_priors
+from bitgen_cli.runs.prior_folder import read_priors
+from bitgen_cli.runs.prior_options import PriorOptions
 
 LESSONS, CAPTIONS = "lessons.safetensors", "lessons.json"
 LESSON_PARTS, BITS_PARTS = ("photos", "priors"), ("distilled", "others")

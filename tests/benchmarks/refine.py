@@ -120,7 +120,7 @@ def main() -> None:
         work: list[Callable[[int], object]] = [draw]
         for rounds in range(1, given.rounds + 1):
             again = partial(_refine, transformer, sizes, parts, rounds, guidance)
-            work += [partial(again, [one.first(together) for one in read], read), partial(again, own, both)]
+            work += [partial(again, [one.part(slice(together)) for one in read], read), partial(again, own, both)]
         whole, *others = seconds(work, len(places), transformer.device)
         for rounds, (known, unknown) in enumerate(zip(others[::2], others[1::2], strict=True), 1):
             print(f"| {together} | {1e3 * whole:.0f} ms | {rounds} | {1e3 * known:.0f} ms | {known / whole:.2f} | "

@@ -27,7 +27,7 @@ from bitgen_cli.errors import (
     UsageError,
 )
 from bitgen_cli.report import Report, Table
-from bitgen_cli.runs.sample_result import SampledPicture
+from bitgen_cli.runs.sample_result import SampledPicture, SampleResult
 
 Capture = pytest.CaptureFixture[str]
 Fake = Callable[..., list[tuple[Any, ...]]]
@@ -64,13 +64,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     return replace
 
 
-def picture(path: str, seed: int, scales: str | None = None) -> SampledPicture:
+def picture(path: str, seed: int | None, scales: str | None = None) -> SampledPicture:
     return SampledPicture(Path(path), "a dog", seed, {}, None if scales is None else Path(scales))
 
 
 def sampled(*pictures: SampledPicture, grid: Path | None = None) -> SimpleNamespace:
+    seeds = SampleResult(list(pictures), grid, 1.0).seeds
     return SimpleNamespace(
-        pictures=list(pictures), grid=grid, manifest=None, failures=(), to_json=lambda: RESULT
+        pictures=list(pictures), grid=grid, manifest=None, failures=(), seeds=seeds, to_json=lambda: RESULT
     )
 
 
@@ -499,3 +500,20 @@ def test_a_terminal_without_utf8_gets_the_line_all_the_same() -> None:
     assert done.returncode == 2
     assert "No such command 's\\xe4mple'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "says"),
+    [
+        (">/dev/full", 3, "error: cannot write to standard output: no space left"),
+        ("2>&1 >&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("| head -c 1", 0, ""),
+    ],
+)
+def test_streams_that_take_nothing(streams: str, code: int, says: str) -> None:
+    """A full disk, and streams that are closed before the program starts or while it writes, end in no traceback."""
+    done = in_shell(f"$BITGEN inspect-config --schema {streams}")
+    assert done.returncode == code
+    assert done.stderr.startswith(says)
+    assert done.stderr.count("\n") == bool(says)

@@ -17,21 +17,11 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from bitgen_cli.console import (
-    LINE_EVERY,
-    ConsoleReport,
-    TrainingPanel,
-    _Bar,
-    _CountColumn,
-    accuracy_bar,
-    duration,
-    listening,
-    pace,
-    per_scale,
-    plain_table,
-    preview,
-    sparks,
-)
+from bitgen_cli.console.pictures import preview
+from bitgen_cli.console.progress import LINE_EVERY, ConsoleReport, _Bar, _CountColumn, listening
+from bitgen_cli.console.tables import plain_table
+from bitgen_cli.console.training_panel import TrainingPanel, accuracy_bar, sparks
+from bitgen_cli.console.words import duration, pace, per_scale
 from bitgen_cli.report import Table
 
 Capture = pytest.CaptureFixture[str]
@@ -237,7 +227,7 @@ def on_terminal(program: str, *arguments: str, **environment: str) -> str:
 
 
 PREVIEW = (
-    "import sys, pathlib; from bitgen_cli.console import preview; preview([*map(pathlib.Path, sys.argv[1:])])"
+    "import sys, pathlib; from bitgen_cli.console.pictures import preview; preview([*map(pathlib.Path, sys.argv[1:])])"
 )
 
 
@@ -270,7 +260,7 @@ def test_a_terminal_without_colours_gets_no_preview(environment: dict[str, str],
 
 PROGRESS = """
 import time
-from bitgen_cli.console import ConsoleReport
+from bitgen_cli.console.progress import ConsoleReport
 with ConsoleReport() as report:
     with report.task("pictures", 2) as task, report.task("scales", 3) as inner:
         inner.status("4x4")

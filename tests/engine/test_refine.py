@@ -10,6 +10,7 @@ from torch import Tensor
 from bitgen_cli.config import SamplingConfig
 from bitgen_cli.engine import pyramid
 from bitgen_cli.engine.bits import to_grid
+from bitgen_cli.engine.editing import Given
 from bitgen_cli.engine.model_folder import Model, find_model, load_model
 from bitgen_cli.engine.refine import SURE, SURE_OF_FINE, refine
 from bitgen_cli.engine.sampling import Drawn, draw_bits, generate, plan
@@ -64,26 +65,48 @@ def test_prompts_that_were_read_need_not_be_read_again(demo: Model, text: TextFe
     assert torch.equal(own.likelihood, other.likelihood)
 
 
-def test_later_rounds_are_guided(demo: Model, text: TextFeatures, scales: Schedule) -> None:
-    """They look as drawing does, and mend what the first has left; the first is the same with guidance and without."""
+def test_guidance_mends_more(demo: Model, text: TextFeatures, scales: Schedule) -> None:
+    """Of the coarse scales in the first round, of all in later ones; what is told as likelihood is without it."""
     assert demo.transformer is not None
     whole = drawn(demo, text, scales).bits
     broken = damaged(whole, 0.1)
     both = TextFeatures.join([text, demo.transformer.null_features(text.lengths)])
-    once, plain, guided = (
-        refine(demo.transformer, text, scales, broken, rounds, both=prompts, guidance=3.0)
-        for rounds, prompts in ((1, both), (2, None), (2, both))
-    )
-    assert all(map(torch.equal, once.bits, refine(demo.transformer, text, scales, broken, 1).bits))
-    assert torch.equal(plain.likelihood[:, 0], guided.likelihood[:, 0])
+    found = {
+        (rounds, prompts is not None): refine(
+            demo.transformer, text, scales, broken, rounds, both=prompts, guidance=3.0
+        )
+        for rounds in (1, 2)
+        for prompts in (None, both)
+    }
 
-    def wrong(bits: list[Tensor]) -> int:
-        return sum(int((a != b).sum()) for a, b in zip(bits, whole, strict=True))
+    def wrong(rounds: int, guided: bool, scales: slice) -> int:
+        bits = found[rounds, guided].bits
+        return sum(int((a != b).sum()) for a, b in zip(bits[scales], whole[scales], strict=True))
 
-    assert wrong(guided.bits) < wrong(plain.bits)
-    read = demo.transformer.condition(both)
-    again = refine(demo.transformer, text, scales, broken, 2, both=read, guidance=3.0)
-    assert all(map(torch.equal, again.bits, guided.bits))
+    coarse, finest = slice(-1), slice(-1, None)
+    assert wrong(1, True, coarse) < wrong(1, False, coarse)
+    assert wrong(1, True, finest) == wrong(1, False, finest)
+    assert wrong(2, True, finest) < wrong(2, False, finest)
+    assert all(torch.equal(found[1, False].likelihood[:, 0], one.likelihood[:, 0]) for one in found.values())
+
+
+def test_guidance_is_that_of_drawing(demo: Model, text: TextFeatures, scales: Schedule) -> None:
+    """Against the logits that drawing these bits would choose from; prompts that were read give the same."""
+    assert demo.transformer is not None
+    broken = damaged(drawn(demo, text, scales).bits, 0.1)
+    both = TextFeatures.join([text, demo.transformer.null_features(text.lengths)])
+    seen: list[Tensor] = []
+    how = plan(demo.sampling.model_copy(update={"cfg": 3.0, "tau": 1.0}), len(scales))
+    everywhere = [torch.zeros(1, 1, *size, dtype=torch.bool) for size in scales.sizes]
+    given = Given(broken, everywhere)
+    draw_bits(demo.transformer, text, scales, how, [0, 1, 2], given=given, on_logits=lambda _, of: seen.append(of))
+    for prompts in (both, demo.transformer.condition(both)):
+        found = refine(demo.transformer, text, scales, broken, 1, both=prompts, guidance=3.0)
+        for k in range(len(scales) - 1):
+            pairs = seen[k].unflatten(-1, (-1, 2))
+            of_one = to_grid(pairs[..., 1] - pairs[..., 0], scales.sizes[k])
+            against = torch.where(broken[k], -of_one, of_one)
+            assert torch.equal(found.bits[k] ^ broken[k], against > SURE)
 
 
 def test_damage_is_mended(demo: Model, text: TextFeatures, scales: Schedule) -> None:
@@ -137,6 +160,8 @@ def test_the_likelihood_told_is_that_of_the_bits(demo: Model, text: TextFeatures
     """Of each round at its start, until one has found nothing: then no number follows."""
     assert demo.transformer is not None
     broken = damaged(drawn(demo, text, scales).bits, 0.1)
+    for grid, settled in zip(broken, refine(demo.transformer, text, scales, broken, 16).bits, strict=True):
+        grid[0] = settled[0]
     whole = refine(demo.transformer, text, scales, broken, 16).likelihood
     for rounds in range(1, whole.shape[1]):
         before = refine(demo.transformer, text, scales, broken, rounds)
@@ -145,6 +170,21 @@ def test_the_likelihood_told_is_that_of_the_bits(demo: Model, text: TextFeatures
         assert torch.allclose(again[going_on], whole[going_on, rounds], atol=1e-5), "rounded as other sums are"
     assert whole.isnan().any()
     assert not whole[:, 0].isnan().any()
+
+
+def test_the_gain_told_is_that_of_the_bits(demo: Model, text: TextFeatures, scales: Schedule) -> None:
+    """Exactly where only the last scale can change, after which nothing follows; and near what a next round finds."""
+    assert demo.transformer is not None
+    broken = damaged(drawn(demo, text, scales).bits, 0.1)
+    last = [torch.full((1, 1, *size), k == len(scales) - 1) for k, size in enumerate(scales.sizes)]
+    found = refine(demo.transformer, text, scales, broken, 1, where=last)
+    after = refine(demo.transformer, text, scales, found.bits, 1).likelihood[:, 0]
+    assert found.changed[:, -1].all()
+    assert torch.allclose(found.gain, after - found.likelihood[:, 0], atol=1e-5), "rounded as other sums are"
+    found = refine(demo.transformer, text, scales, broken, 2)
+    after = refine(demo.transformer, text, scales, found.bits, 1).likelihood[:, 0]
+    assert torch.allclose(found.gain, after - found.likelihood[:, 0], atol=0.03), "finer scales go along"
+    assert (found.gain > 0.1).all()
 
 
 def test_generate_refines(demo: Model, text: TextFeatures, scales: Schedule) -> None:

@@ -16,7 +16,8 @@ from types import FrameType
 from typing import Any
 
 import bitgen_cli
-from bitgen_cli import console
+from bitgen_cli.console.tables import show_tables
+from bitgen_cli.console.terminal import show_error, show_json
 from bitgen_cli.errors import BitgenError
 
 SLOW = 5.0
@@ -190,10 +191,10 @@ def _shown(result: object) -> str:
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         if isinstance(result, BitgenError):
-            console.show_error(str(result))
+            show_error(str(result))
         elif hasattr(result, "sections"):
-            console.show_tables(result.sections)
-            console.show_json(result.to_json())  # type: ignore[attr-defined]
+            show_tables(result.sections)
+            show_json(result.to_json())  # type: ignore[attr-defined]
     return out.getvalue() + err.getvalue()
 
 

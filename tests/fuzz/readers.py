@@ -49,13 +49,13 @@ from bitgen_cli.runs import sweep as sweeps
 from bitgen_cli.runs.carried_bits import digest
 from bitgen_cli.runs.drawing import Setting
 from bitgen_cli.runs.editing import load_original
-from bitgen_cli.runs.gen_priors import read_manifest as read_priors
 from bitgen_cli.runs.inspect_config import InspectOptions, inspect
 from bitgen_cli.runs.jobs import SampleOptions, jobs_of
 from bitgen_cli.runs.local_files import find_files, model_of
 from bitgen_cli.runs.measurements import read_measurements
 from bitgen_cli.runs.original import Original, read_mask
 from bitgen_cli.runs.original_bits import job_again, take_carried
+from bitgen_cli.runs.prior_folder import read_manifest as read_priors
 from bitgen_cli.runs.prompt_file import requested
 from bitgen_cli.runs.prompts import TextModel
 from bitgen_cli.runs.recipe_file import read_recipe

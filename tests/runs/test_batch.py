@@ -103,6 +103,26 @@ def test_the_same_call_again_draws_nothing_and_other_options_draw_anew(model: st
     assert [picture.prompt for picture in run(model).pictures] == ["another"]
 
 
+def test_a_grid_shows_what_was_there_too(model: str) -> None:
+    Path("p.jsonl").write_text("a dog\na cat\nthe moon\n")
+    whole = run(model, seed=1, grid=True).grid
+    Path("out/a-cat-1.png").unlink()
+    again = run(model, seed=1, grid=True)
+    assert [picture.path.name for picture in again.pictures] == ["a-cat-1.png"]
+    assert (whole, again.grid) == (Path("out/grid.png"), Path("out/grid-2.png"))
+    assert contents()["grid.png"] == contents()["grid-2.png"]
+    assert run(model, seed=1, grid=True).grid is None, "there is one of all of them"
+    Path("out/grid.png").unlink()
+    assert run(model, seed=1, grid=True).grid == whole, "a call that was stopped before it could write one"
+
+
+def test_pictures_of_several_sizes_are_refused_for_a_grid_before_any_is_drawn(model: str) -> None:
+    Path("p.jsonl").write_text('a dog\n{"prompt": "a cat", "aspect": "1:2"}\n')
+    with pytest.raises(UsageError, match="pictures of one size"):
+        run(model, grid=True)
+    assert contents() == {}
+
+
 def test_a_picture_that_is_gone_is_drawn_again_by_its_seed(model: str) -> None:
     lines(4)
     run(model)
@@ -123,6 +143,22 @@ def test_overwrite_begins_anew(model: str) -> None:
     again = run(model, seed=1, overwrite=True)
     assert {picture.path.name for picture in again.pictures} == names
     assert len(rows()) == len(names)
+
+
+def test_no_picture_replaces_the_manifest(model: str) -> None:
+    named = {"prompt": "a", "output": "manifest.jsonl"}, {"prompt": "manifest", "output": "{prompt}.jsonl"}
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, named)))
+    for _ in range(2):
+        result = run(model, overwrite=True)
+        assert [failure.line for failure in result.failures] == [1]
+        assert [row["file"] for row in rows()] == ["manifest-2.jsonl"]
+
+
+def test_stdout_gets_nothing_where_no_line_can_be_drawn(model: str) -> None:
+    Path("p.jsonl").write_text("{}\n")
+    result = run(model, output="-")
+    assert result.png is None
+    assert [failure.line for failure in result.failures] == [1]
 
 
 def test_a_torn_or_foreign_manifest_is_survived(model: str) -> None:
@@ -166,6 +202,8 @@ def test_a_torn_or_foreign_manifest_is_survived(model: str) -> None:
         ('{"prompt": "a", "output": "there.png"}', "there already"),
         ('{"prompt": "a", "output": "x.png", "num_images": 2}', "one file for 2"),
         ('{"prompt": "a", "output": "good.png"}', "another line"),
+        ('{"prompt": "a", "output": "manifest.jsonl"}', "another name"),
+        ('{"prompt": "a", "output": "./sub/../manifest.jsonl"}', "leads out"),
         ('{"prompt": "a", "output": "there.png/x.png"}', "there.png"),
     ],
 )
@@ -208,6 +246,20 @@ def test_a_picture_that_cannot_be_written_is_a_failed_line_and_a_full_disk_the_e
     monkeypatch.setattr(walk, "write_picture", full)
     with pytest.raises(ResourceError):
         run(model, seed=2)
+
+
+def test_a_name_that_is_taken_while_others_are_drawn_is_a_failed_line(model: str) -> None:
+    Path("p.jsonl").write_text('a dog\n{"prompt": "a cat", "output": "mine.png"}\nthe moon\n')
+
+    def take(picture: object) -> None:
+        Path("out/mine.png").write_bytes(b"mine")
+
+    call = SampleOptions(model=model, prompts_file="p.jsonl", output="out/", batch_size=1, seed=1)
+    result = sample(call, Silent(), take)
+    assert [(failure.line, "is there already" in failure.message) for failure in result.failures] == [(2, True)]
+    assert [picture.path.name for picture in result.pictures] == ["a-dog-1.png", "the-moon-1.png"]
+    assert Path("out/mine.png").read_bytes() == b"mine"
+    assert [row["line"] for row in rows()] == [1, 3]
 
 
 def test_an_option_that_no_line_says_is_told_before_anything_is_drawn(model: str) -> None:
@@ -257,12 +309,13 @@ def test_the_model_makes_room_for_the_text_encoder(model: str, monkeypatch: pyte
     assert events == ["text", "model", "text", "text", "model"]
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("why", [KeyboardInterrupt, BrokenPipeError])
+def test_a_job_that_is_stopped_says_that_the_same_command_goes_on(model: str, why: type[BaseException]) -> None:
     lines(4)
 
     def stop(picture: object) -> None:
         if len(contents()) == 3:
-            raise KeyboardInterrupt
+            raise why
 
     with pytest.raises(Interrupted, match=r"stopped after 3 of 6 pictures \(the same command goes on\)"):
         sample(SampleOptions(model=model, prompts_file="p.jsonl", output="out/"), Silent(), stop)
@@ -312,6 +365,19 @@ def test_two_processes_share_the_lines(model: str, here: Path) -> None:
     assert len(rows()) == len(rows("alone")) == 16
     listed = {(row["line"], row["number"], row["seed"]) for row in rows()}
     assert listed == {(row["line"], row["number"], row["seed"]) for row in rows("alone")}
+
+
+def _first_has_nothing_to_draw(model: str, folder: str) -> None:
+    os.chdir(folder)
+    os.environ["TORCHELASTIC_RUN_ID"] = "job"
+    failed = run(model, seed=5, batch_size=1).failures
+    assert len(contents()) == 6, "torchrun would end the others now"
+    assert len(failed) == (6 if os.environ["RANK"] == "0" else 0)
+
+
+def test_under_torchrun_a_process_whose_lines_failed_waits_for_the_others(model: str, here: Path) -> None:
+    Path("p.jsonl").write_text("{\na dog\n" * 6)
+    finish(start_ranks(2, _first_has_nothing_to_draw, model, str(here)))
 
 
 def test_what_several_processes_cannot_share_is_told(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,9 +34,11 @@ from bitgen_cli.runs.finetune_subject import (
     merge_subject,
 )
 from bitgen_cli.runs.fitting import PROGRAM
-from bitgen_cli.runs.gen_priors import PriorOptions, gen_priors, read_manifest
+from bitgen_cli.runs.gen_priors import gen_priors
 from bitgen_cli.runs.inspect_config import InspectOptions, inspect
 from bitgen_cli.runs.jobs import SampleOptions
+from bitgen_cli.runs.prior_folder import read_manifest
+from bitgen_cli.runs.prior_options import PriorOptions
 from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.sample import sample
 from bitgen_cli.runs.sample_result import SampledPicture
@@ -638,7 +640,7 @@ def test_a_doomed_run_is_refused_before_anything_is_made(
     from bitgen_cli.runs import fitting
 
     monkeypatch.setattr(fitting, "free_memory", lambda device: 300 * 2**20)
-    with pytest.raises(ResourceError, match=r"what needs less, but not little enough: .*--prior none: 5\d\d MB"):
+    with pytest.raises(ResourceError, match=r"what needs less, but not little enough: .*--prior none: 5\d\d MiB"):
         learn(tiny, photos)
     assert not Path("subject-v").exists()
     assert not home.exists()

@@ -123,8 +123,8 @@ def test_flags_are_named_with_what_they_reach(monkeypatch: pytest.MonkeyPatch, t
     with pytest.raises(ResourceError) as caught:
         found.require()
     said = str(caught.value)
-    assert "stage transformer needs about 1.7 GB of memory, cpu has 1.4 GB free" in said
-    assert f"{recomputed}: 1.0 GB" in said
+    assert "stage transformer needs about 1.7 GiB of memory, cpu has 1.4 GiB free" in said
+    assert f"{recomputed}: 1.0 GiB" in said
     assert without not in said.replace(together, ""), "what helps but not enough is not an answer"
     assert caught.value.exit_code == 3
 
@@ -155,7 +155,7 @@ def test_a_full_disk_is_seen_before(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert found.disk.free is not None
     full = replace(found, disk=replace(found.disk, free=1799 * MIB))
     assert not full.fits
-    with pytest.raises(ResourceError, match=r"up to 1\.8 GB on disk.*keep_last=1"):
+    with pytest.raises(ResourceError, match=r"up to 1\.8 GiB on disk.*keep_last=1"):
         full.require()
     replace(found, disk=replace(found.disk, free=1800 * MIB)).require()
 
@@ -168,9 +168,9 @@ def test_every_value_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert len(facts["choices"]) == 5
     memory, disk, less = found.tables()
     rows = {row[0]: row[1] for row in memory.rows}
-    assert (rows["Trained parameters"], rows["Peak"], rows["Free"]) == (f"{25 * MIB:,}", "1.7 GB", "1.4 GB")
+    assert (rows["Trained parameters"], rows["Peak"], rows["Free"]) == (f"{25 * MIB:,}", "1.7 GiB", "1.4 GiB")
     assert "It does not fit" in rows
-    assert disk.rows[1] == ["4 of them at most", "1.6 GB"]
+    assert disk.rows[1] == ["4 of them at most", "1.6 GiB"]
     assert len(less.rows) == 5
 
 

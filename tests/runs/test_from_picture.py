@@ -92,7 +92,7 @@ def test_a_tokenized_photo_is_what_tokenize_makes_of_it(tiny: Path) -> None:
     assert model.tokenizer is not None
     of = schedule(model.config.scales, patchify=False)
     with torch.inference_mode():
-        image = to_float(to_tensor(read_original(str(photo)).image, (16, 16)))
+        image = to_float(to_tensor(read_original(str(photo), Silent()).image, (16, 16)))
         bits, _ = model.tokenizer.encode(image[None], of)
     expected = packed([grid[0] for grid in bits], Image.new("RGB", (1, 1)))[DIGEST:]
     assert len(expected) == len(carried)
@@ -170,6 +170,11 @@ def test_refining_alone_draws_nothing(tiny: Path) -> None:
     assert sum(changed) > 0
     assert sum(bin(a ^ b).count("1") for a, b in zip(old, new, strict=True)) == sum(changed)
     assert found.recipe["seed"] == 1
+    assert found.seed is None
+    photo = photos(Path("photos"), 1, 40) / "0.png"
+    call = {"prompts": ("a dog",), "model": str(tiny), "original": str(photo), "refine": 1}
+    made = [draw(**call, output=name) for name in ("c.png", "d.png")]
+    assert made[0].path.read_bytes() == made[1].path.read_bytes(), "nothing of it is random"
     with pytest.raises(UsageError, match="one picture, not 2"):
         run(original="a.png", refine=1, num_images=2)
 
@@ -261,7 +266,7 @@ def test_every_line_of_variations_has_a_seed_of_its_own(tiny: Path) -> None:
     Path("lines.jsonl").write_text(f'{{"prompt": "{PROMPT}", "keep_scales": 1}}\n' * 2 + PROMPT)
     seeds = [one.seed for one in run(original="a.png", refine=1, prompts_file="lines.jsonl", output="out/").pictures]
     assert len(set(seeds)) == 3
-    assert seeds[2] == 1, "which refines alone"
+    assert seeds[2] is None, "which refines alone"
 
 
 def test_the_same_call_goes_on_and_another_picture_or_mask_is_drawn(tiny: Path) -> None:
@@ -329,7 +334,10 @@ def test_photos_of_other_shapes(tiny: Path) -> None:
     assert (tall.recipe["width"], tall.recipe["height"]) == (8, 16)
     report = Silent()
     wide = draw(report, prompts=("a dog",), model=str(tiny), original="wide.png", keep_scales=1, output="c.png")
-    assert "tokenized at 16x16 without 45% of it" in report.notices[0]
+    assert "tokenized at 16x16 without the 45% of it that are cut off" in report.notices[0]
+    Image.new("RGB", (3000, 7)).save("thread.png")
+    draw(report, prompts=("a dog",), model=str(tiny), original="thread.png", keep_scales=1, output="e.png")
+    assert "without the 99% of it that are cut off" in report.notices[-1]
     assert wide.recipe["width"] == wide.recipe["height"]
     crop = {"original": "wide.png", "aspect": "1:2", "keep_scales": 1}
     upright = draw(prompts=("a dog",), model=str(tiny), output="d.png", **crop)
@@ -359,15 +367,18 @@ def test_what_cannot_be_is_said(tiny: Path) -> None:
     for keep in (3, -1):
         with pytest.raises(UsageError, match="3 scales"):
             run(original="a.png", mask="0,0,16,8", keep_scales=keep)
-    for mask in ("1.5,2,3,4", "-1,0,4,4", "0,0,9999999,1", "a,b,c,d"):
+    for mask in ("1.5,2,3,4", "-1,0,4,4", "0,0,9999999,1", "a,b,c,d", "1,2,3", "", "-"):
         with pytest.raises(UsageError, match="neither a file nor four whole numbers"):
             run(original="a.png", mask=mask)
     for mask in ("8,8,9,8", "0,0,0,4", "16,0,1,1"):
         with pytest.raises(UsageError, match="not within the 16x16 pixels"):
             run(original="a.png", mask=mask)
     Image.effect_noise((16, 16), 90).convert("RGB").save("square.png")
-    with pytest.raises(UsageError, match="no bit can change"):  # what is white is cut off
+    with pytest.raises(UsageError, match="nothing of the mask's white is left"):  # it is cut off
         run(prompts=("a dog",), model=str(tiny), original="square.png", mask="0,0,2,16", aspect="1:2")
+    Image.new("RGB", (900, 900)).save("large.png")
+    with pytest.raises(UsageError, match="nothing of the mask's white is left"):  # it is thinner than a pixel
+        run(prompts=("a dog",), model=str(tiny), original="large.png", mask="400,400,1,1")
     Image.new("RGB", (16, 16)).save("photo.png")
     with pytest.raises(UsageError, match="no recipe that says what it shows"):
         run(original="photo.png", refine=1)
@@ -377,7 +388,7 @@ def test_what_cannot_be_is_said(tiny: Path) -> None:
 
 def test_masks_that_are_none(tiny: Path) -> None:
     first(tiny)
-    original = read_original("a.png")
+    original = read_original("a.png", Silent())
     Image.new("L", (8, 16), 255).save("small.png")
     Image.new("L", (16, 16), 100).save("dark.png")
     Image.new("RGBA", (16, 16), (255, 255, 255, 0)).save("clear.png")
@@ -385,7 +396,7 @@ def test_masks_that_are_none(tiny: Path) -> None:
     for name, problem in (("small.png", "8x16 pixels"), ("dark.png", "nothing of it is white")):
         with pytest.raises(UsageError, match=problem):
             read_mask(name, original)
-    for name, problem in (("clear.png", "transparency"), ("no.png", "no.png"), ("1,2,3", "1,2,3")):
+    for name, problem in (("clear.png", "transparency"), ("no.png", "no.png"), ("missing.png", "missing.png")):
         with pytest.raises(InputError, match=problem):
             read_mask(name, original)
     Image.new("RGBA", (16, 16), (255, 255, 255, 255)).save("opaque.png")
@@ -418,6 +429,34 @@ def test_damaged_bits_are_left_out(tiny: Path, text: str) -> None:
     found = draw(original="strange.png", keep_scales=2, seed=1, output="b.png")
     assert found.recipe["original"]["bits"] == "drawn again"
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
+
+
+@pytest.mark.parametrize("text", ["{half", "[1]", "{}", '{"seed": "x"}', '{"prompt": "a", "tau": -5}', "[" * 100_000])
+def test_a_picture_with_a_damaged_recipe_is_a_photo(tiny: Path, text: str) -> None:
+    first(tiny, embed_bits=True)
+    info = PngInfo()
+    info.add_itxt(RECIPE, text)
+    with Image.open("a.png") as image:
+        info.add_itxt(BITS, image.info[BITS])
+        image.save("strange.png", pnginfo=info)
+    report = Silent()
+    call = {"model": str(tiny), "original": "strange.png", "keep_scales": 2}
+    found = draw(report, prompts=("a dog",), **call, output="b.png")
+    assert found.recipe["original"]["bits"] == "tokenized"
+    assert "recipe" in report.notices[0]
+    assert "taken for a photo" in report.notices[0]
+    with pytest.raises(UsageError, match="no recipe that says what it shows"):
+        run(**call)
+    with pytest.raises(InputError, match="recipe"):
+        run(recipe="strange.png")
+
+
+def test_a_recipe_is_told_by_the_name_of_its_value(tiny: Path) -> None:
+    first(tiny)
+    recipe, _ = picture_recipe(Path("a.png"))
+    Path("a.json").write_text(json.dumps({**recipe, "tau": [1, -5]}))
+    with pytest.raises(InputError, match=r"the recipe's tau(\.1)?: Input"):
+        read_recipe(Path("a.json"))
 
 
 def test_recipes_of_strangers_name_no_file(tiny: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,12 @@ from bitgen_cli.engine.model_folder import Model, load_model, read_model_config
 from bitgen_cli.errors import BitgenError, ConfigError, InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs import gen_priors as module
-from bitgen_cli.runs.gen_priors import (
-    LONGEST_CLASS,
-    MANIFEST,
-    Prior,
-    PriorOptions,
-    PriorResult,
-    check_class,
-    gen_priors,
-    read_priors,
-    with_article,
-)
+from bitgen_cli.runs import prior_artist
+from bitgen_cli.runs.class_words import LONGEST_CLASS, check_class, with_article
+from bitgen_cli.runs.gen_priors import PriorResult, gen_priors
 from bitgen_cli.runs.jobs import SampleOptions
+from bitgen_cli.runs.prior_folder import MANIFEST, Prior, read_priors
+from bitgen_cli.runs.prior_options import PriorOptions
 from bitgen_cli.runs.sample import sample
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -68,7 +63,7 @@ CACHED_LOAD = functools.cache(load_model)
 @pytest.fixture(autouse=True)
 def load_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models are only read by what is tested here, so each is loaded once for all tests."""
-    monkeypatch.setattr(module, "load_model", CACHED_LOAD)
+    monkeypatch.setattr(prior_artist, "load_model", CACHED_LOAD)
 
 
 def make(model: Path, folder: Path | str | None = "p", report: Silent | None = None, **changes: Any) -> PriorResult:
@@ -100,8 +95,8 @@ def forbid_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("nothing is to be loaded or drawn")
 
-    monkeypatch.setattr(module, "load_model", refuse)
-    monkeypatch.setattr(module, "draw_bits", refuse)
+    monkeypatch.setattr(prior_artist, "load_model", refuse)
+    monkeypatch.setattr(prior_artist, "draw_bits", refuse)
 
 
 # -- what is made ------------------------------------------------------------------------------------------------------
@@ -159,7 +154,7 @@ def test_a_loaded_model_draws_the_same_and_is_left_as_it_was(model: Path, monkey
     loaded = load_model(model)
     assert loaded.transformer is not None
     before = {name: tensor.clone() for name, tensor in loaded.transformer.state_dict().items()}
-    monkeypatch.setattr(module, "load_model", None)
+    monkeypatch.setattr(prior_artist, "load_model", None)
     gen_priors(PriorOptions("dog", 5, str(model), Path("given")), Silent(), loaded)
     assert contents("alone") == contents("given")
     assert all(torch.equal(before[name], tensor) for name, tensor in loaded.transformer.state_dict().items())
@@ -203,7 +198,7 @@ def test_interrupted_and_continued_equals_straight(
     model: Path, straight: Straight, monkeypatch: pytest.MonkeyPatch, batches: int
 ) -> None:
     """Ctrl-C while a batch is drawn loses that batch alone."""
-    real, calls = module.draw_bits, []
+    real, calls = prior_artist.draw_bits, []
 
     def draw_or_stop(*given: Any, **named: Any) -> Any:
         if len(calls) == batches:
@@ -211,10 +206,10 @@ def test_interrupted_and_continued_equals_straight(
         calls.append(1)
         return real(*given, **named)
 
-    monkeypatch.setattr(module, "draw_bits", draw_or_stop)
+    monkeypatch.setattr(prior_artist, "draw_bits", draw_or_stop)
     with pytest.raises(Interrupted, match=f"holds {2 * batches} of 7 class pictures"):
         make(model, count=7)
-    monkeypatch.setattr(module, "draw_bits", real)
+    monkeypatch.setattr(prior_artist, "draw_bits", real)
     assert len(contents("p")) == 2 * batches + 1
     result = make(model, count=7)
     assert (result.made, result.reused, result.own) == (7 - 2 * batches, 2 * batches, 0)
@@ -241,7 +236,7 @@ def test_killed_while_a_batch_is_written_no_picture_passes_for_the_users(
 
     with monkeypatch.context() as dying:
         dying.setattr(Path, "replace", replace_or_die)
-        dying.setattr(module.shutil, "rmtree", lambda *_, **__: None)  # nobody tidies up after kill -9
+        dying.setattr(shutil, "rmtree", lambda *_, **__: None)  # nobody tidies up after kill -9
         with pytest.raises(Killed):
             make(model, count=4)
     assert make(model, count=4).own == 0
@@ -254,15 +249,15 @@ def test_killed_while_a_batch_is_written_no_picture_passes_for_the_users(
 def test_what_another_process_lists_meanwhile_stays_listed(
     model: Path, straight: Straight, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = module.draw_bits
+    real = prior_artist.draw_bits
 
     def draw_while_another_does(*given: Any, **named: Any) -> Any:
-        monkeypatch.setattr(module, "draw_bits", real)
+        monkeypatch.setattr(prior_artist, "draw_bits", real)
         with torch.inference_mode(False):
             make(model, count=7)
         return real(*given, **named)
 
-    monkeypatch.setattr(module, "draw_bits", draw_while_another_does)
+    monkeypatch.setattr(prior_artist, "draw_bits", draw_while_another_does)
     result = make(model, count=3)
     assert (len(result.pictures), len(manifest("p")["pictures"])) == (7, 7)
     assert contents("p") == straight(7)
@@ -538,7 +533,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_drawing(
     def draw(*_: object, **__: object) -> None:
         raise AssertionError("drawn for nothing")
 
-    monkeypatch.setattr(module, "draw_bits", draw)
+    monkeypatch.setattr(prior_artist, "draw_bits", draw)
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(InputError, match=r"cannot write p.*permission denied"):
         make(model)

@@ -77,7 +77,7 @@ def test_2b_at_1024_in_8_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 2 < len(found.waiting) < 32
     assert found.in_bands
     assert f"{len(found.waiting)} blocks wait" in (found.told() or "")
-    with pytest.raises(ResourceError, match=r"needs about 8\.\d GB of memory, cuda has 7\.4 GB free") as refused:
+    with pytest.raises(ResourceError, match=r"needs about 8\.\d GiB of memory, cuda has 7\.4 GiB free") as refused:
         placed(monkeypatch, 8 - CONTEXT, wanted("infinity-2b"), "none", GPU)
     assert "--offload auto" in (refused.value.hint or "")
 
@@ -106,7 +106,7 @@ def test_weights_do_not_wait_in_a_memory_that_is_too_small(monkeypatch: pytest.M
     """Page-locked pieces are powers of two: a block of 8B, of 392 MiB, takes 544."""
     free = {"cuda": 15 * GIB, "cpu": 4 * GIB}
     monkeypatch.setattr(placement, "free_memory", lambda device: free[device.type])
-    with pytest.raises(ResourceError, match=r"27 blocks would wait in 14\.3 GB of the CPU's .* 4\.0 GB free") as no:
+    with pytest.raises(ResourceError, match=r"27 blocks would wait in 14\.3 GiB of the CPU's .* 4\.0 GiB free") as no:
         place(wanted("infinity-8b"), "auto", GPU)
     assert no.value.hint == "what needs less: a smaller --resolution"
     with pytest.raises(ResourceError, match="40 blocks would wait") as no:
@@ -125,7 +125,7 @@ def test_small_pictures_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ResourceError, match=r"cuda has 2\.0 GB free") as refused:
+    with pytest.raises(ResourceError, match=r"cuda has 2\.0 GiB free") as refused:
         placed(monkeypatch, 2, wanted("infinity-2b"), "auto", GPU)
     assert refused.value.hint == "what needs less: a smaller --resolution"
     with pytest.raises(ResourceError) as refused:

@@ -26,8 +26,9 @@ from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs import drawing
 from bitgen_cli.runs import prompts as module
-from bitgen_cli.runs.gen_priors import PriorOptions, gen_priors
+from bitgen_cli.runs.gen_priors import gen_priors
 from bitgen_cli.runs.jobs import SampleOptions
+from bitgen_cli.runs.prior_options import PriorOptions
 from bitgen_cli.runs.prompts import Prompt, TextModel, find_text_model, text_features
 from bitgen_cli.runs.sample import sample
 from bitgen_cli.runs.sample_result import SampledPicture

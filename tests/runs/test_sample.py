@@ -150,7 +150,7 @@ def test_a_long_prompt_is_cut_with_a_notice(model: str) -> None:
         ({"prompts": ("  ",)}, UsageError, "empty"),
         ({"prompts": ("a",), "cfg": "red"}, UsageError, "--cfg 'red'"),
         ({"prompts": ("a",), "cfg": "1,2"}, UsageError, "2 numbers, the model has 3 scales"),
-        ({"prompts": ("a",), "tau": "0"}, ConfigError, "sampling.tau"),
+        ({"prompts": ("a",), "tau": "0"}, ConfigError, r"^sampling options: sampling\.tau = 0.* \(flag --tau\)$"),
         ({"prompts": ("a",), "top_p": 3.0}, ConfigError, "sampling.top_p"),
         ({"prompts": ("a",), "aspect": "wide"}, UsageError, "not W:H"),
         ({"prompts": ("a",), "resolution": "1M"}, UsageError, "one size per aspect ratio"),
@@ -158,6 +158,8 @@ def test_a_long_prompt_is_cut_with_a_notice(model: str) -> None:
         ({"prompts": ("a",), "device": "cuda:99"}, ResourceError, "does not exist"),
         ({"prompts": ("a",), "dtype": "int3"}, UsageError, "unknown dtype"),
         ({"prompts": ("a",), "num_images": 2, "output": "one.png"}, UsageError, "one file for 2 pictures"),
+        ({"prompts": ("a",), "output": "x/one.JPG"}, UsageError, r"written as PNGs.*name it x/one\.png"),
+        ({"prompts": ("a",), "output": "{seed}.webp"}, UsageError, "written as PNGs"),
         ({"prompts": ("a",), "output": "{what}.png"}, UsageError, "unknown field {what}"),
         ({"prompts": ("a",), "output": "{prompt.real}.png"}, UsageError, "unknown field"),
         ({"prompts": ("a",), "output": "{seed:>99999999999}.png"}, UsageError, "its name alone"),
@@ -230,9 +232,10 @@ def test_refinement_is_told_and_kept_in_the_recipe(tmp_path: Path, monkeypatch: 
         assert len(changed) == 4
         assert 1 <= len(likelihood) <= 3
         assert (likelihood[-1] > likelihood[0]) == (sum(changed) > 0)
+        assert picture.recipe["refined"]["log_likelihood_gain"] > likelihood[-1] - likelihood[0] - 2e-4, "rounded"
     total = sum(sum(picture.recipe["refined"]["bits_changed"]) for picture in pictures)
     assert total > 0
-    assert any(f"refined: {total} bits changed" in notice for notice in notices)
+    assert any(f"refined: {total} bits changed; log-likelihood of a bit -" in notice for notice in notices)
     plain = sample(replace(drawn, refine=0), Silent()).pictures
     assert all("refined" not in picture.recipe for picture in plain)
     again = sample(SampleOptions(recipe=pictures[0].path, output="again.png"), Listening()).pictures[0]
