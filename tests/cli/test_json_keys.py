@@ -30,6 +30,7 @@ def test_the_keys_in_the_reference_are_those_that_are_printed(command: str) -> N
     assert documented()[command] == set(pages.generator().printed(RESULTS[command]))
 
 
+@pytest.mark.usefixtures("estimated_once")
 def test_the_keys_of_inspect_config_are_those_that_are_printed() -> None:
     printed = set(inspect(InspectOptions("demo"), Silent()).to_json())
     assert documented()["inspect-config"] == {*printed, "run", "model"}

@@ -23,20 +23,6 @@ grep -q "line 2: prompt cannot be '3'" said.txt
 [ "$(sort names.txt | tr '\n' ' ')" = "out/a-cat-on-the-beach-1.png out/a-red-dog-1.png " ]
 [ "$(wc -l < out/manifest.jsonl)" -eq 2 ]
 
-# the same again draws nothing
-code=0
-printf 'a red dog\n{"prompt": 3}\na cat on the beach\n' \
-    | bitgen sample --prompts - --seed 1 --output out/ --json 2> said.txt > told.json || code=$?
-[ "$code" = 4 ]
-"$python" -c 'import json; told = json.load(open("told.json")); assert (told["kept"], told["pictures"]) == (2, [])'
-
-# nothing is replaced
-code=0
-bitgen sample "a tree" --output piped.png 2> said.txt || code=$?
-[ "$code" = 2 ]
-grep -q "piped.png is there already" said.txt
-cmp piped.png again.png
-
 # a job that is ended leaves whole pictures, and goes on
 for n in $(seq 200); do echo "a red dog, number $n"; done > many.txt
 "$python" -m bitgen_cli sample --prompts many.txt --output many/ --batch-size 1 > names.txt 2> said.txt &

@@ -1,4 +1,4 @@
-"""What a newcomer types first, in a fresh process and folder."""
+"""What a newcomer types first, in a fresh process and folder; mistakes, in processes that have torch already."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from PIL import Image
 
@@ -33,7 +34,7 @@ def test_a_picture_tells_how_it_was_made(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (told,) = json.loads(done.stdout)["pictures"]
     assert told["seed"] == 3
-    shown = bitgen(tmp_path, "inspect-config", "car.png", "--json")
+    shown = forked.bitgen(tmp_path, "inspect-config", "car.png", "--json")
     assert json.loads(shown.stdout)["recipe"]["prompt"] == "a blue car"
 
 
@@ -50,7 +51,7 @@ def test_a_picture_tells_how_it_was_made(tmp_path: Path) -> None:
 )
 def test_mistakes_are_one_line_and_a_code(tmp_path: Path, arguments: list[str], code: int, says: str) -> None:
     (tmp_path / "empty").mkdir()
-    done = bitgen(tmp_path, *arguments)
+    done = forked.bitgen(tmp_path, *arguments)
     assert done.returncode == code, done.stderr
     assert says in done.stderr
     assert "Traceback" not in done.stderr

@@ -18,18 +18,22 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 GENERATED = "reference.md"
 """Its examples stand for themselves: tests/cli/test_examples.py sees to them."""
-SMALLER = {"world:40000": "world:120", "--steps 500": "--steps 1", "--count 100": "--count 4"}
+SMALLER = {"world:40000": "world:24", "--steps 500": "--steps 1", "--count 100": "--count 4"}
 """The only changes to a command: fewer pictures and steps, so that nobody waits for them."""
 LESS_WORK = {
     "BITGEN_TRAINING__TOKENIZER__STEPS": "2",
     "BITGEN_TRAINING__TRANSFORMER__STEPS": "2",
-    "BITGEN_TRAINING__TOKENIZER__VALIDATION_IMAGES": "16",
-    "BITGEN_TRAINING__TRANSFORMER__VALIDATION_IMAGES": "16",
+    "BITGEN_TRAINING__TOKENIZER__BATCH_SIZE": "4",
+    "BITGEN_TRAINING__TRANSFORMER__BATCH_SIZE": "4",
+    "BITGEN_TRAINING__TOKENIZER__VALIDATION_IMAGES": "4",
+    "BITGEN_TRAINING__TRANSFORMER__VALIDATION_IMAGES": "4",
     # bfloat16 takes many times as long on a CPU that has no arithmetic for it
     "BITGEN_TRAINING__TOKENIZER__PRECISION": "fp32",
     "BITGEN_TRAINING__TRANSFORMER__PRECISION": "fp32",
     "BITGEN_TRAINING__SUBJECT__STEPS": "2",
+    "BITGEN_TRAINING__SUBJECT__VIEWS": "2",
     "BITGEN_TRAINING__SUBJECT__PRIOR_IMAGES": "6",
+    "BITGEN_TRAINING__SUBJECT__OTHER_IMAGES": "6",
     "BITGEN_TRAINING__SUBJECT__VALIDATION_IMAGES": "2",
 }
 
@@ -79,6 +83,7 @@ def test_the_readme_shows_every_command() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("estimated_once")
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(
     page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

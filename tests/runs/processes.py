@@ -1,4 +1,4 @@
-"""Starts functions in processes of their own, forked from a server that has imported torch once."""
+"""Starts functions in processes of their own, forked from a server that has imported torch and more once."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Mapping
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
-PRELOADED = ["bitgen_cli.runs.resume", "torch.distributed.fsdp", "torch.optim", "transformers.models.t5.modeling_t5"]
+HERE = str(Path(__file__).parent)
 
 
 def server() -> ForkServerContext:
     """Where processes come from."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["preloaded"])
+    found = os.pathsep.join([HERE, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with mock.patch.dict(os.environ, {"PYTHONPATH": found}):
+        forkserver.ensure_running()
     return context
 
 
@@ -54,6 +59,8 @@ def _run(function: Callable[..., None], arguments: tuple[Any, ...], environment:
     torch.set_num_threads(1)
     try:
         function(*arguments)
+    except SystemExit:
+        raise
     except BaseException:
         traceback.print_exc()
         os._exit(1)

@@ -6,16 +6,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from processes import finish, start_ranks
-from tiny_model import save
+from processes import finish, start, start_ranks
 
 from bitgen_cli.errors import InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
@@ -25,16 +22,7 @@ from bitgen_cli.runs.jobs import SampleOptions
 from bitgen_cli.runs.sample import sample
 from bitgen_cli.runs.sample_result import SampleResult
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save(tmp_path_factory.mktemp("models") / "tiny"))
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def lines(count: int) -> None:
@@ -334,29 +322,22 @@ def test_a_job_that_is_stopped_says_that_the_same_command_goes_on(model: str, wh
     assert len(run(model).pictures) == 3
 
 
+def _begin(model: str, folder: str) -> None:
+    os.chdir(folder)
+    run(model, batch_size=2, save_scales="strip")
+
+
 def test_a_job_that_is_killed_at_any_moment_goes_on(model: str, here: Path) -> None:
     lines(40)
-    program = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from bitgen_cli.report import Silent\n"
-        "from bitgen_cli.runs.jobs import SampleOptions\n"
-        "from bitgen_cli.runs.sample import sample\n"
-        "print('ready', flush=True)\n"
-        f"sample(SampleOptions(model={model!r}, prompts_file='p.jsonl', output='out/', batch_size=2,"
-        " save_scales='strip'), Silent())\n"
-    )
     for _ in range(3):
-        job = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=here)
-        assert job.stdout is not None
-        job.stdout.readline()
         before = len(contents())
-        deadline = time.monotonic() + 60
-        while len(list(Path("out").glob("*.png"))) < before + 2 and time.monotonic() < deadline:
+        job = start(_begin, model, str(here))
+        while len(list(Path("out").glob("*.png"))) < before + 2 and job.is_alive():
             time.sleep(0.005)
         time.sleep(random.uniform(0, 0.1))
-        job.send_signal(signal.SIGKILL)
-        job.wait()
-        job.stdout.close()
+        job.kill()
+        job.join()
+        assert job.exitcode == -signal.SIGKILL
     run(model, save_scales="strip")
     found = rows()
     assert len({(row["line"], row["number"]) for row in found}) == len(found) == 54

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_training import Resolved, StopAt, measured
 
 from bitgen_cli.config import Config
 from bitgen_cli.engine.active_bits import active
@@ -50,14 +49,6 @@ EVERYTHING: dict[str, Any] = {
     "resolutions": [3, 4],
 }
 """The whole recipe but LPIPS, whose network is not here."""
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """What the presets hand over: a configuration and where its values come from."""
-
-    config: Config
-    origins: dict[str, str] = field(default_factory=lambda: {"name": "test"})
 
 
 def resolved(stage: str, active_bits: list[int] | None, **changes: Any) -> Any:
@@ -118,28 +109,11 @@ def transformer_options(world: World, out: Path, active_bits: list[int] | None, 
     )
 
 
-class StopAt(Silent):
-    """Asks the run to stop once it has measured a step."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.step = step
-
-    def metrics(self, step: int, total_steps: int, values: Any) -> None:
-        if step == self.step and "loss" in values:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 def contents(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the newest checkpoint and of the model folder."""
     newest = max((run / "checkpoints").iterdir())
     files = [*newest.glob("*.safetensors"), *(run / "model").rglob("*.safetensors")]
     return {f"{file.parent.name[:5]}/{file.stem}/{name}": t for file in files for name, t in load_file(file).items()}
-
-
-def measured(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])

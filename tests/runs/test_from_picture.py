@@ -31,21 +31,8 @@ from bitgen_cli.runs.original import Mask, read_mask, read_original
 from bitgen_cli.runs.recipe_file import BITS, RECIPE, carried, picture_recipe, read_recipe
 from bitgen_cli.runs.sample import SampledPicture, SampleResult, sample
 
+pytestmark = pytest.mark.usefixtures("known")
 PROMPT = "a red dog on the moon"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def home(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user who has the model by its name."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BITGEN_HOME", str(tmp_path / "home"))
-    shutil.copytree(tiny, tmp_path / "home" / "models" / "tiny")
-    return tmp_path / "home"
 
 
 def run(report: Silent | None = None, **options: Any) -> SampleResult:

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_model
 import torch
 from PIL import Image
 
 from bitgen_cli.__main__ import main
-from bitgen_cli.config import ModelConfig, SamplingConfig
-from bitgen_cli.engine.model_folder import Model, load_model, read_model_config, save_model
-from bitgen_cli.engine.text import new_text_encoder
-from bitgen_cli.engine.tokenizer import Tokenizer
-from bitgen_cli.engine.transformer import Transformer
+from bitgen_cli.engine.model_folder import Model, load_model, read_model_config
 from bitgen_cli.errors import BitgenError, ConfigError, InputError, Interrupted, ResourceError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs import gen_priors as module
@@ -31,63 +28,20 @@ from bitgen_cli.runs.prior_folder import MANIFEST, Prior, read_priors
 from bitgen_cli.runs.prior_options import PriorOptions
 from bitgen_cli.runs.sample import sample
 
-CONFIG = ModelConfig.model_validate(
-    {
-        "tokenizer": {
-            "bits": 8,
-            "patch_size": 4,
-            "base_channels": 8,
-            "channel_multipliers": [1, 1, 2],
-            "res_blocks": 1,
-            "norm_groups": 4,
-        },
-        "transformer": {
-            "depth": 2,
-            "width": 64,
-            "heads": 2,
-            "ffn_ratio": 4,
-            "text_width": 32,
-            "text_length": 40,
-            "patchify": False,
-        },
-        "text_encoder": {"source": "new", "vocabulary": 200, "width": 32, "layers": 1, "heads": 2, "ffn_width": 32},
-        "scales": {
-            "published": False,
-            "custom": {"0.5": [[1, 1], [1, 2], [2, 4]], "1.0": [[1, 1], [2, 2], [4, 4]]},
-        },
-    }
-)
-
+pytestmark = pytest.mark.usefixtures("home")
+CONFIG = tiny_model.config("0.5", "1.0", text_length=40)
 
 Straight = Callable[[int], dict[str, bytes]]
 
 
-def save_tiny(folder: Path, seed: int) -> Path:
-    """A model whose bits are decided, so that prompts and seeds show."""
-    torch.manual_seed(seed)
-    transformer = Transformer(CONFIG)
-    transformer.initialise(torch.Generator().manual_seed(seed))
-    transformer.head.weight.data.mul_(100)
-    assert CONFIG.text_encoder.source == "new"
-    save_model(
-        folder,
-        CONFIG,
-        SamplingConfig(top_p=1.0),
-        tokenizer=Tokenizer(CONFIG.tokenizer),
-        transformer=transformer,
-        text_encoder=new_text_encoder(CONFIG.text_encoder, ["a red dog on the moon"], 40, seed),
-    )
-    return folder
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", 0)
+    return tiny_model.save(tmp_path_factory.mktemp("models") / "tiny", config=CONFIG)
 
 
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "other", 1)
+    return tiny_model.save(tmp_path_factory.mktemp("models") / "other", 1, CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +64,6 @@ CACHED_LOAD = functools.cache(load_model)
 def load_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models are only read by what is tested here, so each is loaded once for all tests."""
     monkeypatch.setattr(prior_artist, "load_model", CACHED_LOAD)
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BITGEN_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
 
 
 def make(model: Path, folder: Path | str | None = "p", report: Silent | None = None, **changes: Any) -> PriorResult:

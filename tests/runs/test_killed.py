@@ -16,7 +16,7 @@ import processes
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import World, options_for, world
+from tiny_training import World, options_for
 
 from bitgen_cli import files
 from bitgen_cli.engine.checkpoint import RunFolder
@@ -27,8 +27,6 @@ from bitgen_cli.presets import resolve
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.train import train
-
-__all__ = ["world"]
 
 KILLS = 20
 RECIPE: dict[str, Any] = {

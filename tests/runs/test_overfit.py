@@ -6,13 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_train import World, options_for, resolved, world
+from tiny_training import World, options_for, resolved
 
 from bitgen_cli.report import Silent
 from bitgen_cli.runs import overfit
 from bitgen_cli.runs.overfit import PICTURES, overfit_check
-
-__all__ = ["world"]
 
 FAST = {"learning_rate": 0.01, "warmup_steps": 2, "schedule": "cosine"}
 

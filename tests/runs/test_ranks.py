@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import processes
 import pytest
 import torch
-from test_train import World, options_for, world
+from tiny_training import World, measured, options_for
 
 from bitgen_cli.engine.checkpoint import RunFolder
 from bitgen_cli.engine.parallel import Ranks
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.train import train
-
-__all__ = ["world"]
 
 TOLERANCE = 1e-5
 """Sums over ranks are added up in another order; metrics.jsonl keeps six digits."""
@@ -38,12 +35,6 @@ def train_as(strategy: str, stage: str, world: World, out: Path, changes: dict[s
 
 def go_on_as(strategy: str, run: Path, steps: int) -> None:
     resume(run, Silent(), steps=steps, device="cpu", strategy=strategy)
-
-
-def curve(run: Path) -> list[dict[str, float]]:
-    """What was measured, without speeds."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
 def require_same(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
@@ -70,7 +61,7 @@ def test_two_ranks_have_the_curve_of_one(
     """With accumulation, averages, flips, caption dropout and drop path; samples and model come from the first rank."""
     train_as("ddp", stage, world, tmp_path / "alone", changes)
     processes.finish(processes.start_ranks(2, train_as, strategy, stage, world, tmp_path / "both", changes))
-    require_same(curve(tmp_path / "both"), curve(tmp_path / "alone"))
+    require_same(measured(tmp_path / "both"), measured(tmp_path / "alone"))
     pictures = [sorted(file.name for file in (tmp_path / run / "samples").iterdir()) for run in ("alone", "both")]
     assert pictures[0] == pictures[1]
     files = [
@@ -92,9 +83,9 @@ def test_what_two_ranks_saved_goes_on_under_one_and_three(world: World, tmp_path
     shutil.copytree(tmp_path / "one", tmp_path / "three")
     go_on_as("ddp", tmp_path / "one", 3)
     processes.finish(processes.start_ranks(3, go_on_as, strategy, tmp_path / "three", 3))
-    expected = {line["step"]: line for line in curve(tmp_path / "straight") if "loss" in line}
+    expected = {line["step"]: line for line in measured(tmp_path / "straight") if "loss" in line}
     for run in ("one", "three"):
-        found = {line["step"]: line for line in curve(tmp_path / run) if "loss" in line}
+        found = {line["step"]: line for line in measured(tmp_path / run) if "loss" in line}
         assert list(found) == list(expected)
         for step, line in found.items():
             assert line == pytest.approx(expected[step], rel=TOLERANCE, abs=TOLERANCE), f"{run}, step {step}"

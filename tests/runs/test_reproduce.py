@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tiny_model import save
 
 from bitgen_cli.config import SamplingConfig
 from bitgen_cli.engine.model_folder import read_model_config
@@ -22,19 +21,7 @@ from bitgen_cli.runs.recipe_file import LARGEST, read_recipe
 from bitgen_cli.runs.sample import sample
 from bitgen_cli.runs.sample_result import SampledPicture
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def home(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user who has the model by its name."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BITGEN_HOME", str(tmp_path / "home"))
-    shutil.copytree(tiny, tmp_path / "home" / "models" / "tiny")
-    return tmp_path / "home"
+pytestmark = pytest.mark.usefixtures("known")
 
 
 def draw(report: Silent | None = None, **options: Any) -> SampledPicture:
@@ -80,13 +67,13 @@ def test_the_built_in_model_is_found_by_its_name() -> None:
     assert pixels(draw(recipe="a.png", model=None, output="b.png")) == pixels(first)
 
 
-def test_the_recipes_sampling_wins_over_the_models_own(tiny: Path, home: Path) -> None:
+def test_the_recipes_sampling_wins_over_the_models_own(tiny: Path, known: Path) -> None:
     first = draw(prompts=("a red dog",), model=str(tiny), output="a.png")
-    config = home / "models" / "tiny" / "config.json"
+    config = known / "config.json"
     stored = json.loads(config.read_text())
     stored["config"]["sampling"] = SamplingConfig(cfg=9, tau=3, target_confidence=0.6).model_dump(mode="json")
     config.write_text(json.dumps(stored))
-    assert read_model_config(home / "models" / "tiny")[1].cfg == 9
+    assert read_model_config(known)[1].cfg == 9
     assert pixels(draw(recipe="a.png", model=None, output="b.png")) == pixels(first)
 
 

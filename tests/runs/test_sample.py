@@ -9,14 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+import tiny_model
 from PIL import Image
 
-from bitgen_cli.config import ModelConfig, SamplingConfig
 from bitgen_cli.engine import model_folder
-from bitgen_cli.engine.text import new_text_encoder
-from bitgen_cli.engine.tokenizer import Tokenizer
-from bitgen_cli.engine.transformer import Transformer
 from bitgen_cli.errors import BitgenError, ConfigError, InputError, ResourceError, UsageError
 from bitgen_cli.report import Silent
 from bitgen_cli.runs.jobs import SampleOptions
@@ -24,59 +20,13 @@ from bitgen_cli.runs.output import slug
 from bitgen_cli.runs.sample import sample
 from bitgen_cli.runs.sample_result import SampledPicture
 
-CONFIG = ModelConfig.model_validate(
-    {
-        "tokenizer": {
-            "bits": 8,
-            "patch_size": 4,
-            "base_channels": 8,
-            "channel_multipliers": [1, 1, 2],
-            "res_blocks": 1,
-            "norm_groups": 4,
-        },
-        "transformer": {
-            "depth": 2,
-            "width": 64,
-            "heads": 2,
-            "ffn_ratio": 4,
-            "text_width": 32,
-            "text_length": 12,
-            "patchify": False,
-        },
-        "text_encoder": {"source": "new", "vocabulary": 200, "width": 32, "layers": 1, "heads": 2, "ffn_width": 32},
-        "scales": {
-            "published": False,
-            "custom": {"1.0": [[1, 1], [2, 2], [4, 4]], "0.5": [[1, 1], [1, 2], [2, 4]]},
-        },
-    }
-)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    transformer = Transformer(CONFIG)
-    transformer.initialise(generator)
-    transformer.head.weight.data.mul_(100)  # decided bits, so that guidance and seeds show
-    assert CONFIG.text_encoder.source == "new"
-    text_encoder = new_text_encoder(CONFIG.text_encoder, ["a red dog on the moon"], 12, 0)
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    model_folder.save_model(
-        folder,
-        CONFIG,
-        SamplingConfig(top_p=1.0),
-        tokenizer=Tokenizer(CONFIG.tokenizer),
-        transformer=transformer,
-        text_encoder=text_encoder,
-    )
-    return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    config = tiny_model.config("1.0", "0.5", text_length=12)
+    return str(tiny_model.save(tmp_path_factory.mktemp("models") / "tiny", config=config))
 
 
 def draw(model: str, *prompts: str, **options: object) -> list[SampledPicture]:

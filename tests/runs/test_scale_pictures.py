@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_model import CONFIG, save
+from tiny_model import CONFIG
 
 from bitgen_cli.engine import pyramid
 from bitgen_cli.engine.data import to_pil, to_uint8
@@ -25,18 +25,8 @@ from bitgen_cli.runs.sample import sample
 from bitgen_cli.runs.sample_result import SampleResult
 from bitgen_cli.runs.scale_pictures import GAP, Frames, write_scales
 
+pytestmark = pytest.mark.usefixtures("here")
 SCALES = 3
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save(tmp_path_factory.mktemp("models") / "tiny"))
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def run(model: str, *prompts: str, **options: Any) -> SampleResult:

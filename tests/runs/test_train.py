@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from data_sets import put, write_coco, write_lines
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_training import MODEL, StopAt, World, contents, measured, options_for, resolved
 
-from bitgen_cli.config import Config
+from bitgen_cli.engine import pictures as pictures_module
 from bitgen_cli.engine.model_folder import load_model
 from bitgen_cli.engine.transformer_stage import TransformerStage
 from bitgen_cli.errors import ExitCode, InputError, Interrupted, ResourceError, UsageError
@@ -25,117 +25,6 @@ from bitgen_cli.runs.resume import resume
 from bitgen_cli.runs.start import Init
 from bitgen_cli.runs.tokenize import TokenizeOptions, tokenize
 from bitgen_cli.runs.train import TrainOptions, TrainResult, train
-
-LOOP: dict[str, Any] = {
-    "steps": 7,
-    "batch_size": 4,
-    "accumulation": 2,
-    "ema_decay": 0.9,
-    "precision": "bf16",
-    "optimizer": {"learning_rate": 0.002, "warmup_steps": 2, "schedule": "cosine"},
-    "log_every": 1,
-    "validate_every": 4,
-    "save_every": 100,
-    "sample_every": 4,
-    "validation_images": 4,
-}
-"""40 pictures make 9 micro-batches an epoch: step 5 crosses into the second one."""
-
-MODEL: dict[str, Any] = {
-    "tokenizer": {
-        "bits": 8,
-        "patch_size": 4,
-        "base_channels": 24,
-        "channel_multipliers": [1, 1, 1],
-        "res_blocks": 1,
-    },
-    "transformer": {
-        "depth": 2,
-        "width": 32,
-        "heads": 2,
-        "ffn_ratio": 8,
-        "text_width": 16,
-        "text_length": 24,
-        "patchify": False,
-        "drop_path": 0.2,
-    },
-    "text_encoder": {
-        "source": "new",
-        "vocabulary": 120,
-        "width": 16,
-        "layers": 1,
-        "heads": 2,
-        "ffn_width": 32,
-    },
-    "scales": {"published": False, "custom": {"1.0": [[1, 1], [2, 2], [4, 4]]}},
-}
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """What the presets hand over: a configuration and where its values come from."""
-
-    config: Config
-    origins: dict[str, str] = field(default_factory=lambda: {"name": "test"})
-
-
-def resolved(stage: str, model: dict[str, Any] = MODEL, **changes: Any) -> Any:
-    config = {"name": "tiny", "model": model, "training": {stage: {**LOOP, **changes}}}
-    return Resolved(Config.model_validate(config))
-
-
-@dataclass
-class World:
-    """A trained tokenizer and the store made with it."""
-
-    tokenizer_run: Path
-    store: Path
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("world")
-    run, store = folder / "tokenizer", folder / "store"
-    options = TrainOptions(
-        resolved("tokenizer", steps=2, sample_every=0), None, "world:20", run, device="cpu"
-    )
-    train(options, Silent())
-    tokenize(TokenizeOptions("world:40", store, str(run), device="cpu", dtype="fp32"), Silent())
-    return World(run, store)
-
-
-def options_for(stage: str, world: World, out: Path, **changes: Any) -> TrainOptions:
-    if stage == "tokenizer":
-        return TrainOptions(resolved(stage, **changes), None, "world:40", out, device="cpu")
-    return TrainOptions(
-        resolved(stage, **changes), None, str(world.store), out, Init((str(world.tokenizer_run),)), "cpu"
-    )
-
-
-class StopAt(Silent):
-    """Asks the run to stop once it has measured a step."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.step = step
-
-    def metrics(self, step: int, total_steps: int, values: Any) -> None:
-        if step == self.step and "loss" in values:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def contents(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the newest checkpoint and of the model folder."""
-    newest = max((run / "checkpoints").iterdir())
-    files = [*newest.glob("*.safetensors"), *(run / "model").rglob("*.safetensors")]
-    found = {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
-    assert found
-    return found
-
-
-def measured(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
@@ -166,11 +55,11 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(
 def test_the_tokenizer_learns_and_leaves_a_model(tmp_path: Path) -> None:
     recipe = resolved(
         "tokenizer",
-        steps=100,
+        steps=40,
         batch_size=8,
         accumulation=1,
-        validate_every=25,
-        sample_every=50,
+        validate_every=10,
+        sample_every=20,
         commitment_weight=0.02,
         entropy_weight=0.02,
         optimizer={"learning_rate": 0.005},
@@ -182,7 +71,7 @@ def test_the_tokenizer_learns_and_leaves_a_model(tmp_path: Path) -> None:
     assert validations[-1]["val_loss"] < 0.8 * lines[0]["loss"]
     assert validations[-1]["val_psnr"] > validations[0]["val_psnr"] + 0.5
     assert set(result.validation) == {"val_loss", "val_psnr", "val_ssim", "val_bit_usage"}
-    assert Image.open(tmp_path / "run" / "samples" / "step-0000100.png").size == (4 * 16, 2 * 16)
+    assert Image.open(tmp_path / "run" / "samples" / "step-0000040.png").size == (4 * 16, 2 * 16)
     assert load_model(result.model).tokenizer is not None
     assert json.loads((tmp_path / "run" / "state.json").read_text())["finished"] is True
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -191,7 +80,9 @@ def test_the_tokenizer_learns_and_leaves_a_model(tmp_path: Path) -> None:
 
 
 def test_the_transformer_learns_and_leaves_a_model_with_its_tokenizer(world: World, tmp_path: Path) -> None:
-    options = options_for("transformer", world, tmp_path / "run", steps=160, accumulation=1, validate_every=40)
+    recipe: dict[str, Any] = {"steps": 80, "accumulation": 1, "validate_every": 20}
+    recipe["optimizer"] = {"learning_rate": 0.004, "warmup_steps": 2, "schedule": "cosine"}
+    options = options_for("transformer", world, tmp_path / "run", **recipe)
     result = train(options, Silent())
     lines = measured(tmp_path / "run")
     assert {f"bit_accuracy/{k}" for k in range(3)} | {"epoch", "learning_rate", "grad_norm"} <= set(lines[0])
@@ -303,14 +194,16 @@ def test_a_run_begins_with_the_whole_model_it_is_given(world: World, tmp_path: P
     assert second.validation == pytest.approx(first.validation, abs=1e-4)
 
 
-def test_a_folder_with_a_bad_picture_trains_and_names_it(tmp_path: Path) -> None:
+def test_a_folder_with_a_bad_picture_trains_and_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a process that has imported torch already starts sooner
+    monkeypatch.setattr(pictures_module, "get_context", lambda kind: processes.server())
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(120):
         Image.new("RGB", (20, 16), (number * 2, 90, 255 - number)).save(folder / f"{number:03d}.png")
     (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:40])
     report = Silent()
-    recipe = resolved("tokenizer", steps=15, batch_size=8, workers=1)
+    recipe = resolved("tokenizer", steps=15, batch_size=8, workers=1, precision="fp32")
     options = TrainOptions(recipe, "tokenizer", str(folder), tmp_path / "run", device="cpu")
     train(options, report)
     assert sum("007.png" in notice for notice in report.notices) == 1

@@ -13,8 +13,8 @@ import pytest
 import torch
 from data_sets import put, write_coco
 from PIL import Image
-from test_ranks import curve, require_same
-from test_train import LOOP, MODEL, StopAt, contents, measured, resolved
+from test_ranks import require_same
+from tiny_training import LOOP, MODEL, StopAt, contents, measured, resolved
 
 from bitgen_cli.engine import pictures as pictures_module
 from bitgen_cli.engine import store_writer
@@ -143,7 +143,7 @@ def train_alone(tokenizer: Path, out: Path) -> None:
 def test_two_processes_have_the_curve_of_one(tokenizer: Path, tmp_path: Path) -> None:
     train_alone(tokenizer, tmp_path / "alone")
     processes.finish(processes.start_ranks(2, train_alone, tokenizer, tmp_path / "both"))
-    require_same(curve(tmp_path / "both"), curve(tmp_path / "alone"))
+    require_same(measured(tmp_path / "both"), measured(tmp_path / "alone"))
 
 
 def tokens_of(folder: Path, report: Silent, **changes: Any) -> OnlineTokens:

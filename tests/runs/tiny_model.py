@@ -14,38 +14,50 @@ from bitgen_cli.engine.text import new_text_encoder
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import Transformer
 
-CONFIG = ModelConfig.model_validate(
-    {
-        "tokenizer": {
-            "bits": 8,
-            "patch_size": 4,
-            "base_channels": 8,
-            "channel_multipliers": [1, 1, 2],
-            "res_blocks": 1,
-            "norm_groups": 4,
-        },
-        "transformer": {
-            "depth": 2,
-            "width": 64,
-            "heads": 2,
-            "ffn_ratio": 4,
-            "text_width": 32,
-            "text_length": 16,
-            "patchify": False,
-            "drop_path": 0.1,
-        },
-        "text_encoder": {"source": "new", "vocabulary": 200, "width": 32, "layers": 1, "heads": 2, "ffn_width": 32},
-        "scales": {"published": False, "custom": {"1.0": [[1, 1], [2, 2], [4, 4]], "2.0": [[1, 1], [2, 1], [4, 2]]}},
-    }
-)
+SHAPES = {
+    "0.5": [[1, 1], [1, 2], [2, 4]],
+    "1.0": [[1, 1], [2, 2], [4, 4]],
+    "2.0": [[1, 1], [2, 1], [4, 2]],
+}
 
 
-def save(folder: Path, seed: int = 0) -> Path:
+def config(*ratios: str, text_length: int = 16) -> ModelConfig:
+    """The tiny model's configuration, of pictures of these ratios of height to width."""
+    return ModelConfig.model_validate(
+        {
+            "tokenizer": {
+                "bits": 8,
+                "patch_size": 4,
+                "base_channels": 8,
+                "channel_multipliers": [1, 1, 2],
+                "res_blocks": 1,
+                "norm_groups": 4,
+            },
+            "transformer": {
+                "depth": 2,
+                "width": 64,
+                "heads": 2,
+                "ffn_ratio": 4,
+                "text_width": 32,
+                "text_length": text_length,
+                "patchify": False,
+                "drop_path": 0.1,
+            },
+            "text_encoder": {"source": "new", "vocabulary": 200, "width": 32, "layers": 1, "heads": 2, "ffn_width": 32},
+            "scales": {"published": False, "custom": {ratio: SHAPES[ratio] for ratio in ratios}},
+        }
+    )
+
+
+CONFIG = config("1.0", "2.0")
+
+
+def save(folder: Path, seed: int = 0, config: ModelConfig = CONFIG) -> Path:
     """A model folder with weights of that seed, decided enough that prompts and seeds show."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = Tokenizer(CONFIG.tokenizer)
-    transformer = Transformer(CONFIG)
+        tokenizer = Tokenizer(config.tokenizer)
+    transformer = Transformer(config)
     transformer.initialise(torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -53,9 +65,9 @@ def save(folder: Path, seed: int = 0) -> Path:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         transformer.head.weight.mul_(20)
     captions = ["a red dog on the moon", "a cat on the beach", "a photo of the dog in the snow"]
-    text_encoder = new_text_encoder(CONFIG.text_encoder, captions, CONFIG.transformer.text_length, seed)
+    text_encoder = new_text_encoder(config.text_encoder, captions, config.transformer.text_length, seed)
     sampling = SamplingConfig(top_p=1.0)
-    save_model(folder, CONFIG, sampling, tokenizer=tokenizer, transformer=transformer, text_encoder=text_encoder)
+    save_model(folder, config, sampling, tokenizer=tokenizer, transformer=transformer, text_encoder=text_encoder)
     return folder
 
 
