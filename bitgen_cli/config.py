@@ -26,7 +26,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 LARGEST = 2**40
 """Beyond any number of anything: what is counted with stays a number of 64 bits, and can become a float."""
 
-
+WIDEST = 2**20
+"""Channels of anything: the square of a number much beyond is none that memory is counted in."""
 MOST_BLOCKS = 200
 """Of a transformer: a file that says more would be built for hours before its weights are missed."""
 
@@ -39,6 +40,7 @@ def _countable(number: int) -> int:
 
 Countable = Annotated[int, AfterValidator(_countable)]
 PositiveInt = Annotated[Countable, Field(gt=0)]
+Channels = Annotated[int, Field(gt=0, le=WIDEST)]
 NonNegativeInt = Annotated[Countable, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -94,7 +96,7 @@ class TokenizerConfig(Section):
 
     bits: Annotated[int, Field(ge=1, le=64, description="latent channels d; one bit each, vocabulary 2^d")]
     patch_size: Annotated[int, Field(ge=2, le=64, description="pixels per latent position along one side")]
-    base_channels: Annotated[int, Field(ge=8, description="channels of the first level")]
+    base_channels: Annotated[int, Field(ge=8, le=WIDEST, description="channels of the first level")]
     channel_multipliers: Annotated[
         list[PositiveInt], Field(min_length=1, description="channels per level / base")
     ]
@@ -137,7 +139,10 @@ class TokenizerConfig(Section):
             )
         for multiplier in self.channel_multipliers:
             channels = self.base_channels * multiplier
-            if channels % self.groups(channels):
+            if channels > WIDEST:
+                product = f"base_channels x {multiplier}"
+                problems["channel_multipliers"] = f"{channels} channels ({product}): at most {WIDEST}"
+            elif channels % self.groups(channels):
                 needed = self.norm_groups or "32 or 24"
                 problems["base_channels"] = (
                     f"{channels} channels (base_channels x {multiplier}) must divide by {needed}"
@@ -155,10 +160,10 @@ class TransformerConfig(Section):
     """Geometry of the Infinity transformer (INFINITY_FORMAT sections 4 and 7)."""
 
     depth: PositiveInt = Field(le=MOST_BLOCKS, description="blocks")
-    width: PositiveInt = Field(description="channels of the residual stream")
+    width: Channels = Field(description="channels of the residual stream")
     heads: PositiveInt = Field(description="attention heads")
     ffn_ratio: PositiveFloat = Field(description="feed-forward width / width, rounded to a multiple of 256")
-    text_width: PositiveInt = Field(description="channels of the text features")
+    text_width: Channels = Field(description="channels of the text features")
     text_length: PositiveInt = Field(description="longest prompt in text tokens")
     patchify: bool = Field(description="predict 2x2 latent positions at once: K = 4 bits")
     scale_embeddings: PositiveInt = Field(default=15, description="rows of the scale embedding, as published")
@@ -205,10 +210,10 @@ class TextEncoderConfig(Section):
 
     source: str = Field(min_length=1, description="transformers folder, hub repository, or `new`")
     vocabulary: PositiveInt | None = Field(default=None, description="most entries the vocabulary gets")
-    width: PositiveInt | None = Field(default=None, description="channels; must equal transformer.text_width")
+    width: Channels | None = Field(default=None, description="channels; must equal transformer.text_width")
     layers: Annotated[PositiveInt, Field(le=MOST_BLOCKS)] | None = Field(default=None, description="blocks")
     heads: PositiveInt | None = Field(default=None, description="attention heads; width must divide by it")
-    ffn_width: PositiveInt | None = Field(default=None, description="channels inside the feed-forward")
+    ffn_width: Channels | None = Field(default=None, description="channels inside the feed-forward")
 
     @model_validator(mode="after")
     def _geometry(self) -> TextEncoderConfig:
@@ -418,7 +423,7 @@ class TokenizerTraining(LoopConfig):
     adversarial_adaptive: bool = Field(
         default=True, description="it moves the decoder's last layer as much as the reconstruction's losses do"
     )
-    discriminator_channels: PositiveInt = Field(default=64, description="of its first layer")
+    discriminator_channels: Channels = Field(default=64, description="of its first layer")
     discriminator_layers: Annotated[int, Field(ge=1, le=6)] = Field(default=3, description="that halve the picture")
     discriminator_pace: PositiveFloat = Field(default=1.0, description="its learning rate / the tokenizer's")
     entropy_weight: NonNegativeFloat = Field(default=0.05, description="BSQ: sure bits, evenly used bits")

@@ -183,14 +183,19 @@ def _flat(metadata: Sequence[Any]) -> list[Any]:
     ]
 
 
+def _plain(limit: Any) -> str:
+    """A number without needless digits."""
+    return f"{limit:g}" if isinstance(limit, float) else str(limit)
+
+
 def _range(limits: Sequence[Any]) -> str:
     """The limits of a number in words, with a space before them."""
     found = {type(limit): limit for limit in limits}
     ge, gt, le, lt = (found.get(kind) for kind in (Ge, Gt, Le, Lt))
-    high = f"{le.le:g}" if le else f"below {lt.lt:g}" if lt else ""
+    high = f"{_plain(le.le)}" if le else f"below {_plain(lt.lt)}" if lt else ""
     limit = f"at most {high}" if le else high
     if ge:
-        return f" from {ge.ge:g} to {high}" if high else f" of at least {ge.ge:g}"
+        return f" from {_plain(ge.ge)} to {high}" if high else f" of at least {_plain(ge.ge)}"
     if gt:
-        return f" above {gt.gt:g}" + (f" and {limit}" if limit else "")
+        return f" above {_plain(gt.gt)}" + (f" and {limit}" if limit else "")
     return f" of {limit}" if le else f" {limit}" if limit else ""

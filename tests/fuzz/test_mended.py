@@ -34,6 +34,14 @@ REFUSED = {
         "model config",
         lambda seed: _changed(seed, "config", "model", "transformer", "width", to=10**400),
     ),
+    "channels whose square is beyond all numbers": (
+        "model config",
+        lambda seed: _changed(seed, "config", "model", "tokenizer", "channel_multipliers", to=[1, 2**31 - 1, 2]),
+    ),
+    "channels that no memory is counted in": (
+        "model config",
+        lambda seed: _changed(seed, "config", "model", "transformer", "width", to=2**31),
+    ),
     "a million blocks": (
         "model weights",
         lambda seed: _changed(seed, "config", "model", "transformer", "depth", to=10**6),
