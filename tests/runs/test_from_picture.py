@@ -280,8 +280,10 @@ def test_a_prompt_file_of_variations(tiny: Path) -> None:
     result = run(original="a.png", keep_scales=2, prompts_file="lines.jsonl", output="out/", batch_size=8)
     assert [picture.recipe["keep_scales"] for picture in result.pictures] == [1, 2]
     assert [failure.line for failure in result.failures] == [2]
-    alone = draw(prompts=("a cat",), original="a.png", keep_scales=1, seed=4, output="alone.png")
-    assert np.array_equal(pixels(result.pictures[0].path), pixels(alone.path)), "whatever is drawn beside it"
+    for picture, keep in zip(result.pictures, (1, 2), strict=True):
+        call = {"prompts": (picture.prompt,), "seed": picture.seed, "keep_scales": keep}
+        alone = draw(**call, original="a.png", output=f"{keep}.png")
+        assert np.array_equal(pixels(picture.path), pixels(alone.path)), "whatever is drawn beside it"
     again = run(original="a.png", keep_scales=2, prompts_file="lines.jsonl", output="out/")
     assert again.kept == 2
     other = run(original="a.png", keep_scales=1, prompts_file="lines.jsonl", output="out/")
@@ -418,7 +420,8 @@ def test_masks_that_are_none(tiny: Path) -> None:
     first(tiny)
     original = read_original("a.png", Silent())
     Image.new("L", (8, 16), 255).save("small.png")
-    Image.new("L", (16, 16), 100).save("dark.png")
+    Image.new("L", (16, 16), 127).save("dark.png")
+    Image.new("L", (16, 16), 128).save("bright.png")
     Image.new("RGBA", (16, 16), (255, 255, 255, 0)).save("clear.png")
     Path("no.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
     for name, problem in (("small.png", "8x16 pixels"), ("dark.png", "nothing of it is white")):
@@ -428,6 +431,7 @@ def test_masks_that_are_none(tiny: Path) -> None:
         with pytest.raises(InputError, match=problem):
             read_mask(name, original)
     Image.new("RGBA", (16, 16), (255, 255, 255, 255)).save("opaque.png")
+    assert read_mask("bright.png", original).pixels((16, 16)).all()
     assert read_mask("opaque.png", original).pixels((16, 16)).all()
 
 
