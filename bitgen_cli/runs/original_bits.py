@@ -143,7 +143,7 @@ def _tokenize(job: Job, setting: Setting, report: Report) -> None:
     bits, _ = pyramid.encode(latent, job.schedule)
     original.found[job.kind] = FoundBits(bits, "tokenized", latent)
     lost = cropped_share(original.image.size, (height, width))
-    cut = f" without the {min(lost, 0.99):.0%} of it that are cut off" if lost >= 0.01 else ""
+    cut = f" without the {min(lost, 0.99):.0%} of it that is cut off" if lost >= 0.01 else ""
     report.notice(f"{original.file} is tokenized at {width}x{height}{cut}: what the tokenizer cannot show is lost")
 
 

@@ -364,10 +364,10 @@ def test_photos_of_other_shapes(tiny: Path) -> None:
     assert (tall.recipe["width"], tall.recipe["height"]) == (8, 16)
     report = Silent()
     wide = draw(report, prompts=("a dog",), model=str(tiny), original="wide.png", keep_scales=1, output="c.png")
-    assert "tokenized at 16x16 without the 45% of it that are cut off" in report.notices[0]
+    assert "tokenized at 16x16 without the 45% of it that is cut off" in report.notices[0]
     Image.new("RGB", (3000, 7)).save("thread.png")
     draw(report, prompts=("a dog",), model=str(tiny), original="thread.png", keep_scales=1, output="e.png")
-    assert "without the 99% of it that are cut off" in report.notices[-1]
+    assert "without the 99% of it that is cut off" in report.notices[-1]
     assert wide.recipe["width"] == wide.recipe["height"]
     crop = {"original": "wide.png", "aspect": "1:2", "keep_scales": 1}
     upright = draw(prompts=("a dog",), model=str(tiny), output="d.png", **crop)
