@@ -134,6 +134,16 @@ def test_a_picture_that_is_gone_is_drawn_again_by_its_seed(model: str) -> None:
     assert (contents(), rows()) == (before, listed)
 
 
+def test_a_line_keeps_its_seeds_where_its_first_picture_is_not_listed(model: str) -> None:
+    Path("p.jsonl").write_text('{"prompt": "a dog", "num_images": 2}\n')
+    run(model)
+    before, (first, second) = contents(), rows()
+    Path("out/manifest.jsonl").write_text(json.dumps(second) + "\n")
+    (Path("out") / first["file"]).unlink()
+    assert [picture.seed for picture in run(model).pictures] == [first["seed"]]
+    assert contents() == before
+
+
 def test_overwrite_begins_anew(model: str) -> None:
     lines(3)
     run(model, seed=1)
