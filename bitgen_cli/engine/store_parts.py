@@ -26,7 +26,7 @@ from bitgen_cli.engine.store_format import (
     read_rows,
 )
 from bitgen_cli.errors import InputError
-from bitgen_cli.files import write_json
+from bitgen_cli.files import PARTIAL, write_json
 
 _FOLDER = re.compile(r"part-([1-9][0-9]{0,5})-of-([1-9][0-9]{0,5})")
 _NAMED = 10
@@ -104,6 +104,8 @@ def join(path: Path, of: int, before: Callable[[Manifest], None] | None = None) 
             "text": text,
         }
     )
+    for leftover in path.glob(f".*{PARTIAL}"):  # of one that was killed while it joined
+        leftover.unlink(missing_ok=True)
     if before is not None:
         before(joined)
     write_json(path / MANIFEST, joined.model_dump(mode="json", exclude_none=True))

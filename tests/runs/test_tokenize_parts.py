@@ -82,6 +82,16 @@ def test_the_report_of_a_joined_store_is_on_the_pictures_of_all_parts(tmp_path: 
     assert {name: joined[name] for name in whole} == whole
 
 
+def test_what_one_left_that_was_killed_while_it_joined_goes(tmp_path: Path, model: Path) -> None:
+    save_pictures(tmp_path / "data", 4)
+    first, second = (options(tmp_path / "data", tmp_path / "s", model, shard=f"{number}/2") for number in (1, 2))
+    tokenize(first, Silent())
+    left = tmp_path / "s" / ".data_report.json.1.partial"
+    left.write_text("{")
+    assert tokenize(second, Silent()).missing == []
+    assert not left.exists()
+
+
 def test_a_part_without_its_report_is_not_joined(tmp_path: Path, model: Path) -> None:
     tokenize(options("world:5", tmp_path / "s", model, shard="1/2"), Silent())
     file = tmp_path / "s" / "part-1-of-2" / "data_report.json"
