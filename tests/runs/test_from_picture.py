@@ -19,9 +19,11 @@ from PIL.PngImagePlugin import PngInfo
 from tiny_model import photos, save
 from torch import Tensor
 
+from bitgen_cli.engine import sampling
 from bitgen_cli.engine.codec import Codec
 from bitgen_cli.engine.data import to_float, to_tensor
 from bitgen_cli.engine.model_folder import load_model
+from bitgen_cli.engine.refine import refine
 from bitgen_cli.engine.scales import schedule
 from bitgen_cli.errors import InputError, UsageError
 from bitgen_cli.report import Silent
@@ -177,6 +179,30 @@ def test_refining_alone_draws_nothing(tiny: Path) -> None:
     assert made[0].path.read_bytes() == made[1].path.read_bytes(), "nothing of it is random"
     with pytest.raises(UsageError, match="one picture, not 2"):
         run(original="a.png", refine=1, num_images=2)
+
+
+def test_a_recipe_tells_the_rounds_that_its_picture_had(tiny: Path) -> None:
+    """Rounds that others of the batch had are none of its own."""
+    pictures = run(prompts=(PROMPT,), model=str(tiny), seed=1, num_images=6, tau="3", refine=16, output="x/").pictures
+    found = [picture.recipe["refined"]["log_likelihood"] for picture in pictures]
+    assert len({len(rounds) for rounds in found}) > 1
+    assert all(value < 0 for rounds in found for value in rounds)
+
+
+@pytest.mark.parametrize(("call", "near"), [({}, True), ({"mask": "0,0,40,9"}, False)])
+def test_only_a_photo_that_is_refined_alone_stays_near_what_it_was_made_of(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, call: dict[str, str], near: bool
+) -> None:
+    latents = []
+
+    def seen(*given: Any, latent: Tensor | None, **more: Any) -> Any:
+        latents.append(latent)
+        return refine(*given, latent=latent, **more)
+
+    monkeypatch.setattr(sampling, "refine", seen)
+    photo = photos(Path("photos"), 1, 40) / "0.png"
+    draw(prompts=("a dog",), model=str(tiny), original=str(photo), refine=1, output="a.png", **call)
+    assert [latent is not None for latent in latents] == [near]
 
 
 def test_a_picture_that_was_refined_is_not_refined_again_by_itself(tiny: Path) -> None:
