@@ -90,7 +90,7 @@ def finetune_subject(
     Ctrl-C finishes the step and saves; `bitgen resume` continues.
     """
     from bitgen_cli.console.progress import listening
-    from bitgen_cli.console.terminal import show_json
+    from bitgen_cli.console.terminal import show_json, show_result
     from bitgen_cli.console.trainings import show_subject
 
     if subject is not None and merge is not None and photos is None:
@@ -156,7 +156,4 @@ def finetune_subject(
         return
     with listening() as report:
         result = learn(options, report)
-    if as_json:
-        show_json(result.to_json())
-    else:
-        show_subject(result)
+    show_result(result, show_subject, as_json=as_json)

@@ -58,7 +58,7 @@ def gen_priors(
     """
     from bitgen_cli.console.pictures import show_priors
     from bitgen_cli.console.progress import listening
-    from bitgen_cli.console.terminal import show_json
+    from bitgen_cli.console.terminal import show_result
     from bitgen_cli.runs.gen_priors import gen_priors as draw
     from bitgen_cli.runs.prior_options import PriorOptions
 
@@ -77,7 +77,4 @@ def gen_priors(
     )
     with listening() as report:
         result = draw(options, report)
-    if as_json:
-        show_json(result.to_json())
-    else:
-        show_priors(result)
+    show_result(result, show_priors, as_json=as_json)

@@ -95,7 +95,7 @@ def tokenize(
 
     from bitgen_cli.console.progress import listening
     from bitgen_cli.console.stores import show_store
-    from bitgen_cli.console.terminal import show_json
+    from bitgen_cli.console.terminal import show_result
     from bitgen_cli.runs.tokenize import TokenizeOptions
     from bitgen_cli.runs.tokenize import tokenize as encode
 
@@ -119,10 +119,7 @@ def tokenize(
     )
     with listening(apart=True) as report:
         result = encode(options, report)
-    if as_json:
-        show_json(result.to_json())
-    else:
-        show_store(result)
+    show_result(result, show_store, as_json=as_json)
 
 
 def _verify(context: typer.Context, store: Path, as_json: bool) -> None:
@@ -136,15 +133,12 @@ def _verify(context: typer.Context, store: Path, as_json: bool) -> None:
 
     from bitgen_cli.console.progress import listening
     from bitgen_cli.console.stores import show_check
-    from bitgen_cli.console.terminal import show_json
+    from bitgen_cli.console.terminal import show_result
     from bitgen_cli.runs.verify import verify
 
     with listening() as report:
         result = verify(store, report)
-    if as_json:
-        show_json(result.to_json())
-    else:
-        show_check(result)
+    show_result(result, show_check, as_json=as_json)
     if result.faults:
         files = "1 file" if len(result.faults) == 1 else f"{len(result.faults)} files"
         raise InputError(f"the token store {store} is broken: {files}", "tokenize again into a new folder")

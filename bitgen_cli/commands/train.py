@@ -99,7 +99,7 @@ def train(
         start_several(context, devices)
 
     from bitgen_cli.console.progress import listening
-    from bitgen_cli.console.terminal import show_json
+    from bitgen_cli.console.terminal import show_result
     from bitgen_cli.console.trainings import show_training
     from bitgen_cli.presets import resolve
 
@@ -156,25 +156,19 @@ def train(
         return
     with listening() as report:
         result = start(options, report)
-    if as_json:
-        show_json(result.to_json())
-    else:
-        show_training(result)
+    show_result(result, show_training, as_json=as_json)
 
 
 def _check_overfit(options: TrainOptions, *, as_json: bool) -> None:
     """Shows whether a few pictures can be memorised; fails when they cannot."""
     from bitgen_cli.console.progress import listening
     from bitgen_cli.console.tables import show_tables
-    from bitgen_cli.console.terminal import show_json
+    from bitgen_cli.console.terminal import show_result
     from bitgen_cli.runs.overfit import overfit_check
 
     with listening() as report:
         result = overfit_check(options, report)
-    if as_json:
-        show_json(result.to_json())
-    else:
-        show_tables(result.tables())
+    show_result(result, lambda it: show_tables(it.tables()), as_json=as_json)
     if not result.passed:
         raise DivergedError(
             f"FAIL: {len(result.pictures)} pictures were not memorised in {result.steps} steps",

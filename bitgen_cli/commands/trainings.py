@@ -27,12 +27,9 @@ def start_several(context: typer.Context, devices: int | None) -> None:
 def show_fit(found: Fit, *, as_json: bool) -> None:
     """Shows what a training needs; refuses one that does not fit."""
     from bitgen_cli.console.tables import show_tables
-    from bitgen_cli.console.terminal import show_json
+    from bitgen_cli.console.terminal import show_result
 
-    if as_json:
-        show_json(found.to_json())
-    else:
-        show_tables(found.tables())
+    show_result(found, lambda it: show_tables(it.tables()), as_json=as_json)
     found.require()
 
 
@@ -62,7 +59,7 @@ def shared_words(context: typer.Context) -> tuple[tuple[str, ...], tuple[str, ..
 def try_combinations(options: SweepOptions, how: str, as_json: bool) -> None:
     """Shows the commands of a sweep, or runs them and shows what they reached."""
     from bitgen_cli.console.progress import listening
-    from bitgen_cli.console.terminal import show_json
+    from bitgen_cli.console.terminal import show_json, show_result
     from bitgen_cli.console.trainings import show_sweep
     from bitgen_cli.runs import sweep
 
@@ -77,9 +74,6 @@ def try_combinations(options: SweepOptions, how: str, as_json: bool) -> None:
         return
     with listening() as report:
         result = sweep.sweep(options, report)
-    if as_json:
-        show_json(result.to_json())
-    else:
-        show_sweep(result)
+    show_result(result, show_sweep, as_json=as_json)
     if result.exit_code:
         raise typer.Exit(result.exit_code)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 
 from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
     from bitgen_cli.examples import Example
+
+
+class Result(Protocol):
+    """What a command has done, for programs."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+_Result = TypeVar("_Result", bound=Result)
 
 
 def console_on(stream: TextIO) -> Console:
@@ -47,6 +56,14 @@ def show_error(message: str, kind: str = "error") -> None:
 def show_json(value: dict[str, Any]) -> None:
     """Prints one JSON object to stdout."""
     print(json.dumps(value, indent=2))
+
+
+def show_result(result: _Result, show: Callable[[_Result], object], *, as_json: bool) -> None:
+    """Prints a result as one JSON object, or shows it to people."""
+    if as_json:
+        show_json(result.to_json())
+    else:
+        show(result)
 
 
 def show_examples(examples: Sequence[Example]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_training import Resolved, StopAt, measured
+from tiny_training import MODEL, Resolved, StopAt, measured
 
 from bitgen_cli.config import Config
 from bitgen_cli.engine.active_bits import active
@@ -53,24 +53,9 @@ EVERYTHING: dict[str, Any] = {
 
 def resolved(stage: str, active_bits: list[int] | None, **changes: Any) -> Any:
     model = {
-        "tokenizer": {
-            "bits": 16,
-            "patch_size": 4,
-            "base_channels": 24,
-            "channel_multipliers": [1, 1, 1],
-            "res_blocks": 1,
-            "active_bits": active_bits,
-        },
-        "transformer": {
-            "depth": 2,
-            "width": 32,
-            "heads": 2,
-            "ffn_ratio": 8,
-            "text_width": 16,
-            "text_length": 24,
-            "patchify": False,
-        },
-        "text_encoder": {"source": "new", "vocabulary": 120, "width": 16, "layers": 1, "heads": 2, "ffn_width": 32},
+        **MODEL,
+        "tokenizer": {**MODEL["tokenizer"], "bits": 16, "active_bits": active_bits},
+        "transformer": {**MODEL["transformer"], "drop_path": 0.0},
         "scales": {"published": False, "custom": {"1.0": [[1, 1], [2, 2], [3, 3], [4, 4]]}},
     }
     training = {stage: {**LOOP, **changes}}
