@@ -27,6 +27,11 @@ MAX_LOG_SCALE = math.log(100)
 """Upper limit of the learned attention temperature."""
 
 
+def waits_for_calls(device: torch.device, positions: int) -> bool:
+    """Whether so many positions, of all rows, are computed sooner than it takes to say what: fewer calls are better."""
+    return device.type == "cuda" and positions < LONG
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary tables of a schedule, one angle per adjacent channel pair.
@@ -222,7 +227,7 @@ class SelfAttention(nn.Module):
             slices: the scales' places in the sequence.
         """
         q, k, v = self._qkv(x, rope)
-        if x.device.type == "cuda" and len(x) * x.shape[1] < LONG and not torch.is_grad_enabled():
+        if waits_for_calls(x.device, len(x) * x.shape[1]) and not torch.is_grad_enabled():
             mask = _prefixes(tuple(s.stop for s in slices), q.device, q.dtype)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         else:

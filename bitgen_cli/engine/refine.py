@@ -20,7 +20,7 @@ from torch import Tensor
 from bitgen_cli.engine import pyramid
 from bitgen_cli.engine.active_bits import logits_in_use, widened_positions
 from bitgen_cli.engine.bits import to_grid, to_positions
-from bitgen_cli.engine.layers import LONG
+from bitgen_cli.engine.layers import waits_for_calls
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.transformer import Condition, Predictor, TextFeatures
 
@@ -177,7 +177,7 @@ def _against(
     count = coarse.positions
     if both is None or not guided:
         conditional = logits = of_one(inputs, text, schedule)
-    elif guided == len(schedule) or (bits.device.type == "cuda" and batch * schedule.positions < LONG):
+    elif guided == len(schedule) or waits_for_calls(bits.device, batch * schedule.positions):
         # in one pass, also where what is not used costs nothing
         conditional, unconditional = of_one(inputs.repeat(2, 1, 1), both, schedule).chunk(2)
         logits = _guided(conditional, unconditional[:, :count], guidance)

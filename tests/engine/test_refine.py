@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bitgen_cli.config import SamplingConfig
-from bitgen_cli.engine import pyramid
+from bitgen_cli.engine import layers, pyramid
+from bitgen_cli.engine import refine as refine_module
 from bitgen_cli.engine.bits import to_grid
 from bitgen_cli.engine.editing import Given
 from bitgen_cli.engine.model_folder import Model, find_model, load_model
@@ -107,6 +108,29 @@ def test_guidance_is_that_of_drawing(demo: Model, text: TextFeatures, scales: Sc
             of_one = to_grid(pairs[..., 1] - pairs[..., 0], scales.sizes[k])
             against = torch.where(broken[k], -of_one, of_one)
             assert torch.equal(found.bits[k] ^ broken[k], against > SURE)
+
+
+def test_fewer_calls_for_a_gpu_see_the_same(
+    demo: Model, text: TextFeatures, scales: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One masked attention per block, and one pass over both kinds of prompts, are those that are made apart."""
+    assert demo.transformer is not None
+    broken = damaged(drawn(demo, text, scales).bits, 0.1)
+    both = TextFeatures.join([text, demo.transformer.null_features(text.lengths)])
+    apart = refine(demo.transformer, text, scales, broken, 1, both=both, guidance=3.0)
+    asked: list[int] = []
+
+    def always(_: torch.device, positions: int) -> bool:
+        asked.append(positions)
+        return True
+
+    monkeypatch.setattr(layers, "waits_for_calls", always)
+    monkeypatch.setattr(refine_module, "waits_for_calls", always)
+    together = refine(demo.transformer, text, scales, broken, 1, both=both, guidance=3.0)
+    assert asked == [3 * scales.positions] + [6 * scales.positions] * demo.transformer.depth
+    assert torch.allclose(apart.likelihood, together.likelihood, atol=1e-5), "rounded as other sums are"
+    assert torch.allclose(apart.gain, together.gain, atol=1e-4), "rounded as other sums are"
+    assert torch.equal(apart.changed, together.changed)
 
 
 def test_damage_is_mended(demo: Model, text: TextFeatures, scales: Schedule) -> None:
