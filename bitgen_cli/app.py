@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -155,7 +156,8 @@ def _fail(message: str, code: int, kind: str = "error") -> int:
         import traceback
 
         traceback.print_exc()
-    show_error(message, kind)
+    with suppress(OSError):  # where the disk behind stderr is full, the exit code alone tells
+        show_error(message, kind)
     return int(code)
 
 

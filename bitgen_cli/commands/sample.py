@@ -30,6 +30,9 @@ from bitgen_cli.commands.options import (
 )
 from bitgen_cli.errors import ExitCode, Interrupted, Terminated, UsageError
 
+_CHOICES = ("seed", "tau", "target_confidence", "top_k", "top_p", "greedy", "fast", "cfg_layer")
+"""Options that say how bits are chosen when they are drawn."""
+
 
 def sample(
     context: typer.Context,
@@ -268,6 +271,8 @@ def sample(
         text_cache=not no_text_cache,
         overrides=tuple(overrides or ()),
     )
+    if original is not None and refine and recipe is None and mask is None and keep_scales is None:
+        _refuse_choices(context)
     if embed_bits and no_metadata:
         raise UsageError("--embed-bits writes what --no-metadata leaves out", "choose one")
     if output == STDOUT and as_json:
@@ -288,6 +293,16 @@ def sample(
     if result.failures:
         show_failures(result.failures)
         raise typer.Exit(ExitCode.INPUT)
+
+
+def _refuse_choices(context: typer.Context) -> None:
+    """Refuses what says how bits are drawn, where none is."""
+    for parameter in context.command.params:
+        if parameter.name in _CHOICES and is_given(context, parameter.name):
+            raise UsageError(
+                f"{parameter.opts[0]} says how bits are drawn, and --refine alone draws none",
+                "leave it out, or draw something with --mask or --keep-scales",
+            )
 
 
 @contextmanager

@@ -517,3 +517,14 @@ def test_streams_that_take_nothing(streams: str, code: int, says: str) -> None:
     assert done.returncode == code
     assert done.stderr.startswith(says)
     assert done.stderr.count("\n") == bool(says)
+
+
+def test_a_full_disk_behind_stderr_hides_no_exit_code() -> None:
+    assert in_shell("$BITGEN sämple 2>/dev/full").returncode == 2
+
+
+@pytest.mark.parametrize("choice", ["--seed=3", "--tau=2", "--greedy", "--fast=1"])
+def test_what_chooses_bits_is_refused_where_none_is_drawn(choice: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--from", "missing.png", "--refine", "1", choice]) == 2
+    assert choice.partition("=")[0] in capsys.readouterr().err
+    assert main(["sample", "--from", "missing.png", "--refine", "1", "--mask", "0,0,8,8", choice]) == 4
