@@ -103,10 +103,11 @@ class RecordedTransformer:
         """Of the transformer."""
         return self._transformer.depth
 
-    def __call__(self, inputs: Tensor, text: TextFeatures | Condition, schedule: Schedule) -> Tensor:
+    def read(
+        self, inputs: Tensor, conditions: Sequence[Condition], schedules: Sequence[Schedule]
+    ) -> list[Tensor]:
         """As of the transformer, not recorded."""
-        logits: Tensor = self._transformer(inputs, text, schedule)
-        return logits
+        return self._transformer.read(inputs, conditions, schedules)
 
     def null_features(self, lengths: Sequence[int]) -> TextFeatures:
         """Of the transformer."""

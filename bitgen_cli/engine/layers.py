@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from bitgen_cli.engine.scales import Schedule, consecutive
 
 LONG = 1024
 """Positions from which a GPU computes longer than it takes to tell it what."""
+SHORT = 128
+"""Positions from which a CPU does."""
 CONVOLVED = 64
 """Positions from which a processor with AVX-512 convolves."""
 ROWS = 16
@@ -27,9 +30,12 @@ MAX_LOG_SCALE = math.log(100)
 """Upper limit of the learned attention temperature."""
 
 
-def waits_for_calls(device: torch.device, positions: int) -> bool:
-    """Whether so many positions, of all rows, are computed sooner than it takes to say what: fewer calls are better."""
-    return device.type == "cuda" and positions < LONG
+def attends_at_once(device: torch.device, batch: int, positions: int) -> bool:
+    """Whether one masked attention takes less time than one for each scale, which does less arithmetic.
+
+    On a CPU by a picture's positions alone, since it may round otherwise and must not depend on the batch.
+    """
+    return batch * positions < LONG if device.type == "cuda" else positions < SHORT
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,14 @@ class Rope:
 
     def __getitem__(self, positions: slice) -> Rope:
         return Rope(self.cos[positions], self.sin[positions], self.turns[positions])
+
+    @staticmethod
+    def join(ropes: Sequence[Rope]) -> Rope:
+        """One table after the other."""
+        if len(ropes) == 1:
+            return ropes[0]
+        tables = ([rope.cos, rope.sin, rope.turns] for rope in ropes)
+        return Rope(*(torch.cat(same) for same in zip(*tables, strict=True)))
 
     def at(self, kept: Tensor) -> Rope:
         """Of some positions of each picture, kept (B, p): tables (B, 1, p, E/2)."""
@@ -184,17 +198,62 @@ class KVCache:
         return stored_keys[:rows, :, : positions.stop], stored_values[:rows, :, : positions.stop]
 
 
+class Sight(NamedTuple):
+    """Positions start ... stop - 1 of a sequence, each of which sees those from `first` on up to the last of them."""
+
+    first: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the positions of a sequence lie in the picture, and what they see.
+
+    Attributes:
+        rope: rotary tables of the L positions.
+        sights: of each scale: itself and the coarser ones.
+        counts: how many positions belong to each prompt, in this order; most sequences have one prompt.
+    """
+
+    rope: Rope
+    sights: tuple[Sight, ...]
+    counts: tuple[int, ...]
+
+    def spread(self, of_prompts: Tensor) -> Tensor:
+        """To each position what its prompt has: (B, prompts, 6, D) to (B, L, 6, D), or the same where there is one."""
+        if len(self.counts) == 1:
+            return of_prompts
+        each = zip(torch.split(of_prompts, 1, dim=1), self.counts, strict=True)
+        return torch.cat([one.expand(-1, count, -1, -1) for one, count in each], dim=1)
+
+
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _prefixes(stops: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What is added to attention's logits (L, L), so that each scale sees no further than its end in `stops`.
+def layout_of(schedules: tuple[Schedule, ...], head_channels: int, device: torch.device) -> Layout:
+    """The layout of a picture that is read once for each prompt, up to that prompt's last scale."""
+    ropes = [rope_table(schedule, head_channels, device) for schedule in schedules]
+    counts = tuple(schedule.positions for schedule in schedules)
+    firsts = [part.start for part in consecutive(counts)]
+    sights = tuple(
+        Sight(first, first + scale.start, first + scale.stop)
+        for first, schedule in zip(firsts, schedules, strict=True)
+        for scale in schedule.slices
+    )
+    return Layout(Rope.join(ropes), sights, counts)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _mask(sights: tuple[Sight, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What is added to attention's logits (L, L), so that positions see what they may.
 
     Rows lie a multiple of 8 numbers apart, as the kernels on a GPU want them: else each call would copy it.
     """
-    length = stops[-1]
+    length = sights[-1].stop
     mask = torch.full((length, -(-length // 8) * 8), -math.inf, device=device, dtype=dtype)
-    for start, stop in zip((0, *stops), stops, strict=False):
-        mask[start:stop, :stop] = 0
+    for first, start, stop in sights:
+        mask[start:stop, first:stop] = 0
     return mask[:, :length]
 
 
@@ -216,22 +275,22 @@ class SelfAttention(nn.Module):
         q = F.normalize(q, dim=-1) * self.log_scale.clamp_max(MAX_LOG_SCALE).exp().to(q.dtype)
         return rotate(q, rope).to(v.dtype), rotate(F.normalize(k, dim=-1), rope).to(v.dtype), v
 
-    def forward(self, x: Tensor, rope: Rope, slices: Sequence[slice]) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """All scales at once; a position sees its own scale and the coarser ones.
 
-        A scale attends to a prefix of the sequence, so one unmasked call per scale is exact. Where a GPU would wait for
-        these calls, one with a mask.
+        A scale sees a run of the sequence, so one unmasked call per scale is exact. Where the calls would take longer
+        than what they compute, one with a mask.
 
         Args:
             x: (B, L, D).
-            slices: the scales' places in the sequence.
+            layout: of the L positions.
         """
-        q, k, v = self._qkv(x, rope)
-        if waits_for_calls(x.device, len(x) * x.shape[1]) and not torch.is_grad_enabled():
-            mask = _prefixes(tuple(s.stop for s in slices), q.device, q.dtype)
+        q, k, v = self._qkv(x, layout.rope)
+        if attends_at_once(x.device, *x.shape[:2]) and not torch.is_grad_enabled():
+            mask = _mask(layout.sights, q.device, q.dtype)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         else:
-            each = [(q[:, :, s], k[:, :, : s.stop], v[:, :, : s.stop]) for s in slices]
+            each = [(q[:, :, at:end], k[:, :, first:end], v[:, :, first:end]) for first, at, end in layout.sights]
             attended = torch.cat([F.scaled_dot_product_attention(*some, scale=1.0) for some in each], dim=2)
         mixed: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return mixed
@@ -270,9 +329,12 @@ class CrossAttention(nn.Module):
         keys, values = _keys_values(text, self.kv, self.v_bias, self.heads)
         return TextKV(keys, values, mask)
 
-    def forward(self, x: Tensor, text: TextKV) -> Tensor:
+    def forward(self, x: Tensor, texts: Sequence[TextKV], counts: Sequence[int] | None = None) -> Tensor:
+        """Of x (B, L, D) so many positions attend to each text; without `counts` all of them to the one there is."""
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(q, text.keys, text.values, attn_mask=text.mask)
+        parts = zip(torch.split(q, list(counts or [q.shape[2]]), dim=2), texts, strict=True)
+        each = [F.scaled_dot_product_attention(of, kv.keys, kv.values, attn_mask=kv.mask) for of, kv in parts]
+        attended = each[0] if len(each) == 1 else torch.cat(each, dim=2)
         mixed: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return mixed
 
@@ -292,14 +354,14 @@ class TextPool(nn.Module):
         self.query = nn.Parameter(torch.zeros(1, heads, width // heads))
         self.kv = Linear(text_width, 2 * width, bias=False)
         self.v_bias = nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, features: Tensor, mask: Tensor | None) -> Tensor:
         keys, values = _keys_values(features, self.kv, self.v_bias, self.heads)
         query = self.query.unsqueeze(2).expand(features.shape[0], -1, -1, -1).to(keys.dtype)
         pooled = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        condition: Tensor = self.proj(pooled.transpose(1, 2).flatten(1))
-        return condition
+        condition: Tensor = self.proj(pooled.transpose(1, 2).flatten(2))
+        return condition.squeeze(1)
 
 
 def _keys_values(text: Tensor, kv: Linear, v_bias: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -334,8 +396,8 @@ class FeedForward(nn.Module):
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    """LayerNorm without affine, times (1 + scale), plus shift; x (B, L, D), scale and shift (B, 1, D)."""
-    if x.device.type == "cuda" and x.shape[1] >= LONG and not torch.is_grad_enabled():
+    """LayerNorm without affine, times (1 + scale), plus shift; x (B, L, D), scale and shift (B, 1 or L, D)."""
+    if x.device.type == "cuda" and x.shape[1] >= LONG and scale.shape[1] == 1 and not torch.is_grad_enabled():
         # norm, scale and shift of a row of the batch in one pass, where passes over memory are what takes time
         y = torch.empty(x.shape, device=x.device, dtype=dtype)
         for row, (weight, bias) in enumerate(zip((scale + 1).unbind(), shift.unbind(), strict=True)):
@@ -368,27 +430,28 @@ class Block(nn.Module):
         self,
         x: Tensor,
         modulation: Tensor,
-        text: Tensor | TextKV,
+        text: Tensor | Sequence[TextKV],
         mask: Tensor | None,
-        rope: Rope,
-        slices: Sequence[slice],
+        layout: Layout,
         kept: Tensor | None,
     ) -> Tensor:
         """Teacher-forced over all scales.
 
         Args:
             x: (B, L, D).
-            modulation: (B, 1, 6, D).
-            text: projected text features (B, T, D) and their mask, or the keys and values that come of them.
-            rope, slices: of all scales.
+            modulation: (B, prompts, 6, D).
+            text: projected text features (B, T, D) and their mask, or of each prompt what has become of them.
+            layout: of the L positions.
             kept: (3, B) factors of the three residual branches (drop path); None keeps all as they are.
         """
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = (self.modulation + modulation).unbind(2)
+        modulation = layout.spread(self.modulation + modulation)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
         self_kept, cross_kept, ffn_kept = (None, None, None) if kept is None else kept.unbind()
         h = modulated_norm(x, scale1, shift1, self._dtype)
-        x = self._add(x, drop_path(self.self_attention(h, rope, slices), self_kept), gamma1)
-        text_kv = text if isinstance(text, TextKV) else self.cross_attention.text_kv(text, mask)
-        return self._text_and_ffn(x, text_kv, gamma2, scale2, shift2, cross_kept, ffn_kept)
+        x = self._add(x, drop_path(self.self_attention(h, layout), self_kept), gamma1)
+        texts = [self.cross_attention.text_kv(text, mask)] if isinstance(text, Tensor) else text
+        text_part = self.cross_attention(self._before_text(x), texts, layout.counts)
+        return self._ffn(x + drop_path(text_part, cross_kept), gamma2, scale2, shift2, ffn_kept)
 
     def step(
         self, x: Tensor, modulation: Tensor, text: TextKV, rope: Rope, cache: KVCache, block: int, positions: slice
@@ -397,21 +460,16 @@ class Block(nn.Module):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = (self.modulation + modulation).unbind(2)
         h = modulated_norm(x, scale1, shift1, self._dtype)
         x = self._add(x, self.self_attention.step(h, rope, cache, block, positions), gamma1)
-        return self._text_and_ffn(x, text, gamma2, scale2, shift2)
+        x = x + self.cross_attention(self._before_text(x), [text])
+        return self._ffn(x, gamma2, scale2, shift2)
 
-    def _text_and_ffn(
-        self,
-        x: Tensor,
-        text: TextKV,
-        gamma: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        cross_kept: Tensor | None = None,
-        ffn_kept: Tensor | None = None,
-    ) -> Tensor:
-        h = F.layer_norm(x, x.shape[-1:], self.cross_norm.weight.to(x.dtype), self.cross_norm.bias.to(x.dtype), 1e-6)
-        x = x + drop_path(self.cross_attention(h.to(self._dtype), text), cross_kept)
-        return self._add(x, drop_path(self.ffn(modulated_norm(x, scale, shift, self._dtype)), ffn_kept), gamma)
+    def _before_text(self, x: Tensor) -> Tensor:
+        norm = self.cross_norm
+        h = F.layer_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+        return h.to(self._dtype)
+
+    def _ffn(self, x: Tensor, gamma: Tensor, scale: Tensor, shift: Tensor, kept: Tensor | None = None) -> Tensor:
+        return self._add(x, drop_path(self.ffn(modulated_norm(x, scale, shift, self._dtype)), kept), gamma)
 
     def _add(self, x: Tensor, branch: Tensor, gamma: Tensor) -> Tensor:
         return torch.addcmul(x, branch.to(x.dtype), gamma.to(x.dtype))

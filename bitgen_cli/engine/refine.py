@@ -20,17 +20,36 @@ from torch import Tensor
 from bitgen_cli.engine import pyramid
 from bitgen_cli.engine.active_bits import logits_in_use, widened_positions
 from bitgen_cli.engine.bits import to_grid, to_positions
-from bitgen_cli.engine.layers import waits_for_calls
 from bitgen_cli.engine.scales import Schedule
-from bitgen_cli.engine.transformer import Condition, Predictor, TextFeatures
+from bitgen_cli.engine.transformer import Condition, Predictor
 
-SURE, SURE_OF_FINE = 3.0, 1.5
-"""Difference of the logits against a bit, in the first round, from which it is turned over: a probability of 4.7 %, and
-of 18 % on the last scale, after which nothing follows that would have been chosen otherwise."""
+SURE, SURE_OF_FINEST = 3.0, 1.5
+"""Difference of the logits against a bit, in the first round, from which it is turned over: a probability of 4.7 % on
+the first scale, and of 18 % on the last, after which nothing follows that would have been chosen otherwise."""
 SURER = 1.0
 """What each further round asks for more, so that fewer bits change in it."""
-COARSE = 0.25
+COARSE = 0.1
 """Share of all positions that the scales have which the first round guides."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the model says of bits that are known, each after the coarser scales: the logit of "1" minus that of "0".
+
+    Attributes:
+        conditional: (B, L, K).
+        unconditional: (B, l, K) of the first positions, with what is guided away from; None where nothing is.
+    """
+
+    conditional: Tensor
+    unconditional: Tensor | None
+
+    @staticmethod
+    def of(logits: Sequence[Tensor]) -> Said:
+        """Of logits (B, L, 2K), and (B, l, 2K) of those that are guided away from, if any."""
+        pairs = [torch.unflatten(of, -1, (-1, 2)) for of in logits]
+        conditional, *others = [of[..., 1] - of[..., 0] for of in pairs]
+        return Said(conditional, others[0] if others else None)
 
 
 @dataclass(frozen=True)
@@ -55,13 +74,13 @@ class Refined:
 @torch.inference_mode()
 def refine(
     transformer: Predictor,
-    text: TextFeatures | Condition,
+    prompts: Condition,
     schedule: Schedule,
     bits: Sequence[Tensor],
     rounds: int,
     *,
-    both: TextFeatures | Condition | None = None,
     guidance: float = 1.0,
+    said: Said | None = None,
     where: Sequence[Tensor] | None = None,
     latent: Tensor | None = None,
 ) -> Refined:
@@ -71,12 +90,12 @@ def refine(
 
     Args:
         transformer: in evaluation mode.
-        text: B prompts, or what the transformer has made of them.
+        prompts: what the transformer has made of B prompts, or of those and B more to guide away from.
         schedule: scales of the pictures.
         bits: per scale (B, d, h, w) bool.
         rounds: at most so many times, 1 or more.
-        both: the same of those prompts and of B to guide away from; None guides nothing.
-        guidance: of the logits.
+        guidance: of the logits, where there are prompts to guide away from.
+        said: of these bits, if it is known: the first round then takes no time.
         where: per scale (1, 1, h, w) bool, positions that may change; None is all.
         latent: (B, d, H, W) what the bits were quantised from. Later scales are then quantised anew after what has been
             turned over, so that the sum stays near it. Bits that were drawn have none: they are what is meant, and
@@ -84,23 +103,27 @@ def refine(
     """
     cell = schedule.cell
     start = _positions(bits, cell)
+    guides = len(prompts.pooled) > len(start)
     now, turned = start, torch.zeros_like(start)
     may_change = None if where is None else _positions([_of_all(there, bits[0]) for there in where], cell)
-    sure = torch.full((schedule.positions, 1), SURE, device=start.device)
-    sure[schedule.slices[-1]] = SURE_OF_FINE
+    counts = torch.tensor(schedule.counts)
+    sure = torch.tensor(thresholds(schedule)).repeat_interleave(counts)[:, None].to(start.device)
     settled = torch.zeros(len(start), dtype=torch.bool, device=start.device)
     likelihoods: list[Tensor] = []
     gain = torch.zeros(len(start), device=start.device)
     for number in range(rounds):
-        guided = len(schedule) if number else _coarse(schedule)
-        against, plainly = _against(transformer, text, both, schedule, now, guidance, guided)
+        guided = schedule if number else first_guided(schedule)
+        if number or said is None:
+            said = _ask(transformer, prompts, schedule, now, guided if guides else None)
+        plainly = _against(said.conditional, now)
+        against = _against(_guided(said, guided.positions, guidance), now)
         unlikely = against > sure + number * SURER
         unlikely = unlikely if may_change is None else unlikely & may_change
         likelihood = -F.softplus(plainly).flatten(1).mean(1)
         risen = (plainly * unlikely).flatten(1).mean(1)  # log p of the other value less log p of this one: the logit
         likelihoods.append(likelihood.masked_fill(settled, torch.nan))
         gain = torch.where(settled, gain, likelihood - likelihoods[0] + risen)
-        if number > 0 or both is None:  # later rounds look as this one, and ask for more
+        if number > 0 or not guides:  # later rounds look as this one, and ask for more
             settled = settled | ~unlikely.flatten(1).any(1)
             if settled.all():
                 break
@@ -142,54 +165,42 @@ def _requantised(latent: Tensor, schedule: Schedule, bits: Sequence[Tensor], tur
     return found
 
 
-def _coarse(schedule: Schedule) -> int:
-    """How many scales the first round guides."""
-    return sum(at.stop <= COARSE * schedule.positions for at in schedule.slices)
+def thresholds(schedule: Schedule) -> list[float]:
+    """Of each scale from SURE to SURE_OF_FINEST: the difference of logits that turns a bit over in the first round."""
+    return torch.linspace(SURE, SURE_OF_FINEST, len(schedule)).tolist()
 
 
-def _against(
-    transformer: Predictor,
-    text: TextFeatures | Condition,
-    both: TextFeatures | Condition | None,
-    schedule: Schedule,
-    bits: Tensor,
-    guidance: float,
-    guided: int,
-) -> tuple[Tensor, Tensor]:
-    """What the model holds against bits (B, L, K): the logit of the other value minus that of this one.
+def first_guided(schedule: Schedule) -> Schedule:
+    """The scales that the first round guides."""
+    coarse = sum(at.stop <= COARSE * schedule.positions for at in schedule.slices)
+    return replace(schedule, sizes=schedule.sizes[:coarse])
 
-    Args: as `refine`; so many scales are `guided`.
 
-    Returns:
-        (B, L, K), and the same without guidance.
-    """
+def _ask(
+    transformer: Predictor, prompts: Condition, schedule: Schedule, bits: Tensor, guided: Schedule | None
+) -> Said:
+    """A pass over bits (B, L, K), and over those of the scales that are `guided`."""
     batch, _, known = bits.shape
     seen = pyramid.inputs_from_bits(_grids(bits, schedule), schedule)
     nothing = torch.zeros(batch, 0, known, device=bits.device)
     inputs = _positions(seen, schedule.cell) if seen else nothing
     inputs = widened_positions(inputs, transformer.bits_per_position)
-
-    def of_one(inputs: Tensor, text: TextFeatures | Condition, schedule: Schedule) -> Tensor:
-        pairs = torch.unflatten(logits_in_use(transformer(inputs, text, schedule), known), -1, (-1, 2))
-        return pairs[..., 1] - pairs[..., 0]
-
-    coarse = replace(schedule, sizes=schedule.sizes[:guided])
-    count = coarse.positions
-    if both is None or not guided:
-        conditional = logits = of_one(inputs, text, schedule)
-    elif guided == len(schedule) or waits_for_calls(bits.device, batch * schedule.positions):
-        # in one pass, also where what is not used costs nothing
-        conditional, unconditional = of_one(inputs.repeat(2, 1, 1), both, schedule).chunk(2)
-        logits = _guided(conditional, unconditional[:, :count], guidance)
-    else:
-        conditional = of_one(inputs, text, schedule)
-        unconditional = of_one(inputs[:, : count - 1], both.part(slice(batch, None)), coarse)
-        logits = _guided(conditional, unconditional, guidance)
-    return torch.where(bits, -logits, logits), torch.where(bits, -conditional, conditional)
+    readings = [(prompts.part(slice(batch)), schedule)]
+    if guided is not None and len(guided):
+        readings.append((prompts.part(slice(batch, None)), guided))
+    conditions, schedules = zip(*readings, strict=True)
+    return Said.of([logits_in_use(of, known) for of in transformer.read(inputs, conditions, schedules)])
 
 
-def _guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-    """Logits (B, L, K) of which the first are guided: those that `unconditional` has."""
-    count = unconditional.shape[1]
-    first = torch.lerp(unconditional, conditional[:, :count], guidance)
-    return torch.cat((first, conditional[:, count:]), dim=1)
+def _guided(said: Said, positions: int, guidance: float) -> Tensor:
+    """What is said (B, L, K), the first positions of it with guidance where there is any."""
+    if said.unconditional is None:
+        return said.conditional
+    at = slice(positions)
+    first = torch.lerp(said.unconditional[:, at], said.conditional[:, at], guidance)
+    return torch.cat((first, said.conditional[:, positions:]), dim=1)
+
+
+def _against(of_one: Tensor, bits: Tensor) -> Tensor:
+    """The logit of the other value minus that of this one, (B, L, K)."""
+    return torch.where(bits, -of_one, of_one)

@@ -17,7 +17,7 @@ from bitgen_cli.engine import pruning, pyramid
 from bitgen_cli.engine.active_bits import logits_in_use, widened_positions
 from bitgen_cli.engine.bits import codes, to_grid, to_positions
 from bitgen_cli.engine.editing import Given
-from bitgen_cli.engine.refine import Refined, refine
+from bitgen_cli.engine.refine import Refined, Said, first_guided, refine
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import AfterBlock, Condition, Predictor, TextFeatures
@@ -159,12 +159,14 @@ class Drawn:
         total: their quantised sum (B, d, H, W) float32.
         refined: what refinement has changed, where there was any.
         condition: what became of the prompts, and of those that are guided away from, where refinement needs it.
+        said: of the bits, where refinement needs it and all were predicted from the same prompts by whole scales.
     """
 
     bits: list[Tensor]
     total: Tensor
     refined: Refined | None = None
     condition: Condition | None = None
+    said: Said | None = None
 
 
 @torch.inference_mode()
@@ -213,6 +215,7 @@ def draw_bits(
     total: Tensor | None = None
     before: Tensor | None = None
     grids: list[Tensor] = []
+    seen_logits: list[Tensor] = []
     for k, size in enumerate(schedule.sizes):
         rows = 2 * batch if k <= last_guided else batch
         if rows < condition.pooled.shape[0]:
@@ -230,6 +233,8 @@ def draw_bits(
         kept_of_rows = None if kept is None else kept.repeat(rows // batch, 1)
         logits = transformer.step(k, inputs, condition, schedule, cache, at_blocks, kept_of_rows)
         logits = logits_in_use(logits, drawn)
+        if plan.refine:
+            seen_logits.append(logits)
         logits = guide(logits, cfg) if cfg != 1 and 0 in plan.cfg_layers else logits[:batch]
         logits = logits / (taus[k] if plan.confidence is None else temperatures(logits, plan.confidence))
         if kept is not None:
@@ -247,7 +252,23 @@ def draw_bits(
         if on_scale is not None:
             on_scale(k)
     assert total is not None
-    return Drawn(grids, total, condition=whole if plan.refine else None)
+    if not plan.refine:
+        return Drawn(grids, total)
+    return Drawn(grids, total, condition=whole, said=_said(seen_logits, schedule, plan, batch))
+
+
+def _said(logits: Sequence[Tensor], schedule: Schedule, plan: SamplingPlan, batch: int) -> Said | None:
+    """What a pass over the drawn bits would say, from what drawing them has seen; None where that was something else.
+
+    Args:
+        logits: per scale (rows, l, 2K), of the prompts and, until guidance ends, of those to guide away from.
+    """
+    guided = [of[batch:] for of in logits if len(of) > batch]
+    at_blocks = bool(guided) and plan.cfg_layers != (0,)
+    if plan.fast or at_blocks or 0 < len(guided) < len(first_guided(schedule)):
+        return None
+    conditional = torch.cat([of[:batch] for of in logits], dim=1)
+    return Said.of([conditional, *([torch.cat(guided, dim=1)] if guided else [])])
 
 
 @dataclass(frozen=True)
@@ -300,15 +321,15 @@ def generate(
         where = given.drawn if given is not None and given.draws else None
         latent = given.latent if given is not None and where is None else None
         guidance = max(plan.cfg)
-        prompts, both = _read_prompts(transformer, text, negative, drawn, guidance)
+        prompts = drawn.condition or _read(transformer, text, negative, guidance)
         refined = refine(
             transformer,
             prompts,
             schedule,
             drawn.bits,
             plan.refine,
-            both=both,
             guidance=guidance,
+            said=drawn.said,
             where=where,
             latent=latent,
         )
@@ -319,13 +340,10 @@ def generate(
     return torch.cat(images), drawn
 
 
-def _read_prompts(
-    transformer: Predictor, text: TextFeatures, negative: TextFeatures | None, drawn: Drawn, guidance: float
-) -> tuple[TextFeatures | Condition, TextFeatures | Condition | None]:
-    """What refinement looks at bits by: the prompts, and with those that are guided away from; read, if they were."""
-    if (whole := drawn.condition) is not None:
-        batch = len(text.lengths)
-        return whole.part(slice(batch)), whole if len(whole.pooled) > batch else None
-    if guidance == 1:
-        return text, None
-    return text, TextFeatures.join([text, negative or transformer.null_features(text.lengths)])
+def _read(
+    transformer: Predictor, text: TextFeatures, negative: TextFeatures | None, guidance: float
+) -> Condition:
+    """Prompts, and where there is guidance those that are guided away from, as `draw_bits` reads them."""
+    if guidance != 1:
+        text = TextFeatures.join([text, negative or transformer.null_features(text.lengths)])
+    return transformer.condition(text)

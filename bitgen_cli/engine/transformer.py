@@ -17,7 +17,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitgen_cli.config import ModelConfig
-from bitgen_cli.engine.layers import Block, KVCache, Rope, TextKV, TextPool, modulated_norm, rope_table
+from bitgen_cli.engine.layers import (
+    LONG,
+    Block,
+    KVCache,
+    Layout,
+    Linear,
+    Rope,
+    TextKV,
+    TextPool,
+    layout_of,
+    modulated_norm,
+    rope_table,
+)
 from bitgen_cli.engine.scales import Schedule
 
 AfterBlock = Callable[[Tensor, int], Tensor]
@@ -98,11 +110,13 @@ class Predictor(Protocol):
     @property
     def depth(self) -> int: ...
 
-    def __call__(self, inputs: Tensor, text: TextFeatures | Condition, schedule: Schedule) -> Tensor: ...
-
     def null_features(self, lengths: Sequence[int]) -> TextFeatures: ...
 
     def condition(self, text: TextFeatures) -> Condition: ...
+
+    def read(
+        self, inputs: Tensor, conditions: Sequence[Condition], schedules: Sequence[Schedule]
+    ) -> list[Tensor]: ...
 
     def new_cache(self, batch: int, schedule: Schedule, counts: Sequence[int] | None = None) -> KVCache: ...
 
@@ -142,19 +156,19 @@ class Transformer(nn.Module):
         self.text_norm = nn.Parameter(torch.ones(geometry.text_width))
         self.text_pool = TextPool(geometry.text_width, width, geometry.text_pool_heads)
         self.text_proj = nn.Sequential(
-            nn.Linear(geometry.text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+            Linear(geometry.text_width, width), nn.GELU(approximate="tanh"), Linear(width, width)
         )
         self.start = nn.Parameter(torch.zeros(1, 1, width))
-        self.bit_embedding = nn.Linear(bits, width)
+        self.bit_embedding = Linear(bits, width)
         # torch's own start of an embedding on the meta device loads a library for algebra, which takes seconds
         rows = torch.zeros(geometry.scale_embeddings, width)
         self.scale_embedding = nn.Embedding(geometry.scale_embeddings, width, _weight=rows)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = Linear(width, 6 * width)
         self.blocks = nn.ModuleList(
             Block(width, geometry.heads, geometry.ffn_width) for _ in range(geometry.depth)
         )
-        self.head_modulation = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, 2 * bits)
+        self.head_modulation = Linear(width, 2 * width)
+        self.head = Linear(width, 2 * bits)
 
     @property
     def depth(self) -> int:
@@ -197,45 +211,67 @@ class Transformer(nn.Module):
         features = features.to(self.dtype)
         pooled = self.text_pool(features, text.mask)
         projected = self.text_proj(features)
-        activated = F.silu(pooled)
-        modulation = torch.unflatten(self.modulation(activated).float(), -1, (6, -1)).unsqueeze(1)
-        head_modulation = torch.unflatten(self.head_modulation(activated).float(), -1, (2, -1)).unsqueeze(1)
+        activated = F.silu(pooled).unsqueeze(1)
+        modulation = torch.unflatten(self.modulation(activated).float(), -1, (6, -1))
+        head_modulation = torch.unflatten(self.head_modulation(activated).float(), -1, (2, -1))
         return projected, pooled, modulation, head_modulation
 
     def forward(
-        self, inputs: Tensor, text: TextFeatures | Condition, schedule: Schedule, kept: Tensor | None = None
+        self, inputs: Tensor, text: TextFeatures, schedule: Schedule, kept: Tensor | None = None
     ) -> Tensor:
         """Logits of all scales for known coarser scales (teacher forcing).
 
         Args:
             inputs: (B, L - 1, K) what scales 1 and up see: the sum so far at their size (pyramid.next_input).
-            text: B prompts, or what `condition` has made of them.
+            text: B prompts.
             schedule: scales of the batch.
             kept: (depth, 3, B) factors of the residual branches (drop path); None keeps all as they are.
 
         Returns:
             (B, L, 2K): channels 2j and 2j + 1 are the logits of "bit j = 0" and "bit j = 1".
         """
-        texts: Sequence[Tensor | TextKV]
-        if isinstance(text, Condition):
-            pooled, modulation, head_modulation = text.pooled, text.modulation, text.head_modulation
-            texts, mask = text.text, None
-        else:
-            projected, pooled, modulation, head_modulation = self._read(text)
-            texts, mask = [projected] * len(self.blocks), text.mask
-        counts = torch.tensor(schedule.counts, device=inputs.device)
-        rows = self.scale_embedding.weight[: len(schedule)]
-        scales = rows.repeat_interleave(counts, dim=0, output_size=schedule.positions)
-        x = torch.cat((self._start(pooled), self.bit_embedding(inputs.to(self.dtype)).float()), dim=1) + scales
-        rope = self.rope(schedule)
+        projected, pooled, modulation, head_modulation = self._read(text)
+        mask = text.mask
+        x = self._embedded(inputs, pooled, schedule)
+        layout = self._layout([schedule])
         branches = [None] * len(self.blocks) if kept is None else kept.unbind()
-        for block, factors, prompts in zip(self.in_turn(self.each_block), branches, texts, strict=True):
-            seen = (x, modulation, prompts, mask, rope, schedule.slices, factors)
+        for block, factors in zip(self.in_turn(self.each_block), branches, strict=True):
+            seen = (x, modulation, projected, mask, layout, factors)
             if self.checkpoint_activations and self.training:
                 x = checkpoint(block, *seen, use_reentrant=False)
             else:
                 x = block(*seen)
         return self._logits(x, head_modulation)
+
+    def read(
+        self, inputs: Tensor, conditions: Sequence[Condition], schedules: Sequence[Schedule]
+    ) -> list[Tensor]:
+        """As `forward`, of prompts that were read: the logits of the same pictures after each of several prompts.
+
+        Where the positions are few they are one sequence: that takes less time than one call for each.
+
+        Args:
+            inputs: (B, L - 1, K) of the longest schedule.
+            conditions: each of B prompts.
+            schedules: for each the scales that are wanted, the same ones or the first of them.
+
+        Returns:
+            For each (B, L, 2K) of its schedule.
+        """
+        if len(conditions) > 1 and sum(schedule.positions for schedule in schedules) >= LONG:
+            each = zip(conditions, schedules, strict=True)
+            return [self.read(inputs, [condition], [schedule])[0] for condition, schedule in each]
+        layout = self._layout(schedules)
+        modulation = torch.cat([condition.modulation for condition in conditions], dim=1)
+        parts = [
+            self._embedded(inputs[:, : schedule.positions - 1], condition.pooled, schedule)
+            for condition, schedule in zip(conditions, schedules, strict=True)
+        ]
+        x = torch.cat(parts, dim=1)
+        for index, block in enumerate(self.in_turn(self.each_block)):
+            x = block(x, modulation, [condition.text[index] for condition in conditions], None, layout, None)
+        each_part = zip(torch.split(x, list(layout.counts), dim=1), conditions, strict=True)
+        return [self._logits(part, condition.head_modulation) for part, condition in each_part]
 
     def step(
         self,
@@ -279,6 +315,16 @@ class Transformer(nn.Module):
         channels = self.config.width // heads
         counts = schedule.counts if counts is None else counts
         return KVCache(len(self.blocks), batch, heads, counts, channels, self.device, self.dtype)
+
+    def _embedded(self, inputs: Tensor, pooled: Tensor, schedule: Schedule) -> Tensor:
+        """What the first block sees (B, L, D): the start, and inputs (B, L - 1, K), each with its scale's embedding."""
+        counts = torch.tensor(schedule.counts, device=inputs.device)
+        rows = self.scale_embedding.weight[: len(schedule)]
+        scales = rows.repeat_interleave(counts, dim=0, output_size=schedule.positions)
+        return torch.cat((self._start(pooled), self.bit_embedding(inputs.to(self.dtype)).float()), dim=1) + scales
+
+    def _layout(self, schedules: Sequence[Schedule]) -> Layout:
+        return layout_of(tuple(schedules), self.config.width // self.config.heads, self.device)
 
     def _start(self, pooled: Tensor) -> Tensor:
         return pooled.float()[:, None] + self.start

@@ -52,8 +52,9 @@ def main() -> None:
     old = demo.draw()
     middle = Given(old, drawn_positions(sizes, latent_mask(pixels, sizes)))
     masked = draw_bits(transformer, new_text, sizes, how, others, given=middle).bits
-    both = TextFeatures.join([new_text, transformer.null_features(new_text.lengths)])
-    mended = refine(transformer, new_text, sizes, masked, 2, both=both, guidance=max(how.cfg))
+    with torch.inference_mode():
+        both = transformer.condition(TextFeatures.join([new_text, transformer.null_features(new_text.lengths)]))
+    mended = refine(transformer, both, sizes, masked, 2, guidance=max(how.cfg))
     found = {
         "as drawn, by its own prompt": (old, scenes),
         "as drawn, by the new one": (old, asked),

@@ -111,12 +111,12 @@ def test_a_tokenized_picture_is_quantised_anew_after_what_was_turned_over() -> N
     model = tiny.transformer(config)
     latent = torch.randn(1, 6, 4, 4, generator=torch.Generator().manual_seed(4))
     bits, _ = pyramid.encode(latent, of)
-    plain = refine(model, tiny.text(1), of, bits, 1)
-    mended = refine(model, tiny.text(1), of, bits, 1, latent=latent)
+    plain = refine(model, model.condition(tiny.text(1)), of, bits, 1)
+    mended = refine(model, model.condition(tiny.text(1)), of, bits, 1, latent=latent)
     assert int(plain.changed.sum()) > 0
     far, near = (float((pyramid.decode(found.bits, of) - latent).square().mean()) for found in (plain, mended))
     assert near < far
     nowhere = [torch.zeros(1, 1, *size, dtype=torch.bool) for size in of.sizes]
-    kept = refine(model, tiny.text(1), of, bits, 2, latent=latent, where=nowhere)
+    kept = refine(model, model.condition(tiny.text(1)), of, bits, 2, latent=latent, where=nowhere)
     assert all(map(torch.equal, kept.bits, bits))
     assert kept.likelihood.shape == (1, 1)

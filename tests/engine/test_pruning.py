@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bitgen_cli.config import SamplingConfig, ScalesConfig
 from bitgen_cli.engine import pruning, pyramid
-from bitgen_cli.engine.layers import modulated_norm
+from bitgen_cli.engine.layers import Layout, Sight, modulated_norm
 from bitgen_cli.engine.sampling import Drawn, draw_bits, plan
 from bitgen_cli.engine.scales import PUBLISHED, RESOLUTIONS, Schedule, consecutive, schedule
 
@@ -134,9 +134,10 @@ def test_predicted_positions_see_each_other_and_those_predicted_before() -> None
         streams.append(x + model.scale_embedding.weight[k])
         places.append(kept[k] + positions.start)
     x, rope = torch.cat(streams, dim=1), model.rope(table).at(torch.cat(places, dim=1))
+    layout = Layout(rope, tuple(Sight(0, at.start, at.stop) for at in consecutive(counts)), (sum(counts),))
     projected, _, modulation, head = model._read(text)
     for block in model.blocks:
-        x = block(x, modulation, projected, text.mask, rope, consecutive(counts), None)
+        x = block(x, modulation, projected, text.mask, layout, None)
     scale, shift = head.unbind(2)
     expected = model.head(modulated_norm(x, scale, shift, model.dtype))
     torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=2e-5, rtol=0)
