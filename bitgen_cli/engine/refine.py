@@ -1,10 +1,10 @@
 """Self-correction of finished pictures: bits that the model finds unlikely are turned over, without drawing again.
 
 The model has learned to go on from pictures with wrong bits (self_correction.py), so one teacher-forced pass tells for
-every bit how likely it is after what the coarser scales hold. Guidance sees more, and takes as long again: the first
-round guides the coarse scales, where a wrong bit does most and positions are few. The next round looks at all of them
-anew, after what has changed, and guides all. Of a picture that was tokenized, later scales are quantised anew after
-each round.
+every bit how likely it is after what the coarser scales hold. Of a picture that was just drawn that is known: drawing
+has chosen its bits by it. Guidance sees more, and takes as long again: the first round guides the first scales, where a
+wrong bit does most and positions are few. The next round looks at all of them anew, after what has changed, and guides
+all. Of a picture that was tokenized, later scales are quantised anew after each round.
 Source: the training is Infinity's bitwise self-correction (arXiv 2412.04431); this use of it is ours.
 """
 
