@@ -44,12 +44,11 @@ class Said:
     conditional: Tensor
     unconditional: Tensor | None
 
-    @staticmethod
-    def of(logits: Sequence[Tensor]) -> Said:
-        """Of logits (B, L, 2K), and (B, l, 2K) of those that are guided away from, if any."""
-        pairs = [torch.unflatten(of, -1, (-1, 2)) for of in logits]
-        conditional, *others = [of[..., 1] - of[..., 0] for of in pairs]
-        return Said(conditional, others[0] if others else None)
+
+def of_one(logits: Tensor) -> Tensor:
+    """Of logits (B, L, 2K) that of "1" minus that of "0", (B, L, K)."""
+    pairs = torch.unflatten(logits, -1, (-1, 2))
+    return pairs[..., 1] - pairs[..., 0]
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,9 @@ def _ask(
     if guided is not None and len(guided):
         readings.append((prompts.part(slice(batch, None)), guided))
     conditions, schedules = zip(*readings, strict=True)
-    return Said.of([logits_in_use(of, known) for of in transformer.read(inputs, conditions, schedules)])
+    logits = transformer.read(inputs, conditions, schedules)
+    conditional, *unconditional = [of_one(logits_in_use(of, known)) for of in logits]
+    return Said(conditional, unconditional[0] if unconditional else None)
 
 
 def _guided(said: Said, positions: int, guidance: float) -> Tensor:
@@ -201,6 +202,6 @@ def _guided(said: Said, positions: int, guidance: float) -> Tensor:
     return torch.cat((first, said.conditional[:, positions:]), dim=1)
 
 
-def _against(of_one: Tensor, bits: Tensor) -> Tensor:
-    """The logit of the other value minus that of this one, (B, L, K)."""
-    return torch.where(bits, -of_one, of_one)
+def _against(logits: Tensor, bits: Tensor) -> Tensor:
+    """The logit of the other value minus that of this one, (B, L, K), of what `of_one` gives."""
+    return torch.where(bits, -logits, logits)

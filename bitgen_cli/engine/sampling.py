@@ -17,7 +17,7 @@ from bitgen_cli.engine import pruning, pyramid
 from bitgen_cli.engine.active_bits import logits_in_use, widened_positions
 from bitgen_cli.engine.bits import codes, to_grid, to_positions
 from bitgen_cli.engine.editing import Given
-from bitgen_cli.engine.refine import Refined, Said, first_guided, refine
+from bitgen_cli.engine.refine import Refined, Said, first_guided, of_one, refine
 from bitgen_cli.engine.scales import Schedule
 from bitgen_cli.engine.tokenizer import Tokenizer
 from bitgen_cli.engine.transformer import AfterBlock, Condition, Predictor, TextFeatures
@@ -215,7 +215,7 @@ def draw_bits(
     total: Tensor | None = None
     before: Tensor | None = None
     grids: list[Tensor] = []
-    seen_logits: list[Tensor] = []
+    said: list[Tensor] = []
     for k, size in enumerate(schedule.sizes):
         rows = 2 * batch if k <= last_guided else batch
         if rows < condition.pooled.shape[0]:
@@ -234,7 +234,7 @@ def draw_bits(
         logits = transformer.step(k, inputs, condition, schedule, cache, at_blocks, kept_of_rows)
         logits = logits_in_use(logits, drawn)
         if plan.refine:
-            seen_logits.append(logits)
+            said.append(of_one(logits))
         logits = guide(logits, cfg) if cfg != 1 and 0 in plan.cfg_layers else logits[:batch]
         logits = logits / (taus[k] if plan.confidence is None else temperatures(logits, plan.confidence))
         if kept is not None:
@@ -254,21 +254,20 @@ def draw_bits(
     assert total is not None
     if not plan.refine:
         return Drawn(grids, total)
-    return Drawn(grids, total, condition=whole, said=_said(seen_logits, schedule, plan, batch))
+    return Drawn(grids, total, condition=whole, said=_all_said(said, schedule, plan, batch))
 
 
-def _said(logits: Sequence[Tensor], schedule: Schedule, plan: SamplingPlan, batch: int) -> Said | None:
+def _all_said(said: Sequence[Tensor], schedule: Schedule, plan: SamplingPlan, batch: int) -> Said | None:
     """What a pass over the drawn bits would say, from what drawing them has seen; None where that was something else.
 
     Args:
-        logits: per scale (rows, l, 2K), of the prompts and, until guidance ends, of those to guide away from.
+        said: per scale (rows, l, K), of the prompts and, until guidance ends, of those to guide away from.
     """
-    guided = [of[batch:] for of in logits if len(of) > batch]
+    guided = [of[batch:] for of in said if len(of) > batch]
     at_blocks = bool(guided) and plan.cfg_layers != (0,)
     if plan.fast or at_blocks or 0 < len(guided) < len(first_guided(schedule)):
         return None
-    conditional = torch.cat([of[:batch] for of in logits], dim=1)
-    return Said.of([conditional, *([torch.cat(guided, dim=1)] if guided else [])])
+    return Said(torch.cat([of[:batch] for of in said], dim=1), torch.cat(guided, dim=1) if guided else None)
 
 
 @dataclass(frozen=True)

@@ -263,11 +263,13 @@ class Transformer(nn.Module):
             return [self.read(inputs, [condition], [schedule])[0] for condition, schedule in each]
         layout = self._layout(schedules)
         modulation = torch.cat([condition.modulation for condition in conditions], dim=1)
-        parts = [
-            self._embedded(inputs[:, : schedule.positions - 1], condition.pooled, schedule)
-            for condition, schedule in zip(conditions, schedules, strict=True)
-        ]
-        x = torch.cat(parts, dim=1)
+        x = torch.cat(
+            [
+                self._embedded(inputs[:, : schedule.positions - 1], condition.pooled, schedule)
+                for condition, schedule in zip(conditions, schedules, strict=True)
+            ],
+            dim=1,
+        )
         for index, block in enumerate(self.in_turn(self.each_block)):
             x = block(x, modulation, [condition.text[index] for condition in conditions], None, layout, None)
         each_part = zip(torch.split(x, list(layout.counts), dim=1), conditions, strict=True)

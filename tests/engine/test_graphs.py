@@ -69,6 +69,33 @@ def test_recordings_draw_the_bits_of_the_transformer(model: Transformer, scales:
     assert 0 < Rerun.made < Rerun.replays
 
 
+class Shared(Rerun):
+    """Recordings of one memory: what one has given is gone as soon as another one plays."""
+
+    given: Tensor | None = None
+
+    def replay(self) -> None:
+        if Shared.given is not None:
+            Shared.given.fill_(torch.nan)
+        super().replay()
+        Shared.given = self._result
+
+
+def test_what_refinement_remembers_is_not_played_over(model: Transformer, scales: Schedule) -> None:
+    recorded = RecordedTransformer(model, lambda: Shared)
+    how = plan(SamplingConfig(cfg=2.0, tau=2.0, refine=1), len(scales))
+    for seed in range(3):
+        expected = draw_bits(model, tiny.text(2), scales, how, [seed, 7]).said
+        found = draw_bits(recorded, tiny.text(2), scales, how, [seed, 7]).said
+        assert expected is not None
+        assert found is not None
+        assert torch.equal(found.conditional, expected.conditional)
+        assert found.unconditional is not None
+        assert expected.unconditional is not None
+        assert torch.equal(found.unconditional, expected.unconditional)
+    assert Shared.replays > 0
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_recordings_follow_the_positions_that_are_predicted(model: Transformer, layer: int) -> None:
     sizes = ((1, 1), (4, 4), (8, 8), (10, 10))
