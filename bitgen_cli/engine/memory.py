@@ -205,7 +205,7 @@ def sampling_memory(
     rows = 2 * pictures
     per_position = rows * geometry.depth * 2 * geometry.width * number
     # the residual stream and the rotary positions are float32 whatever the weights are
-    per_channel = 18 + 2 * number
+    per_channel = 14 + 2 * number
     last = rows * schedule.counts[-1]
     absent = max(0, waiting - SETS) * block_parameters(model)
     if in_bands:

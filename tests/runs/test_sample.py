@@ -232,7 +232,8 @@ def test_refinement_is_told_and_kept_in_the_recipe(tmp_path: Path, monkeypatch: 
         assert len(changed) == 4
         assert 1 <= len(likelihood) <= 3
         assert (likelihood[-1] > likelihood[0]) == (sum(changed) > 0)
-        assert picture.recipe["refined"]["log_likelihood_gain"] > likelihood[-1] - likelihood[0] - 2e-4, "rounded"
+        gain = picture.recipe["refined"]["log_likelihood_gain"]
+        assert gain > likelihood[-1] - likelihood[0] - 0.01, "what guidance turns over may be less likely without it"
     total = sum(sum(picture.recipe["refined"]["bits_changed"]) for picture in pictures)
     assert total > 0
     assert any(f"refined: {total} bits changed; log-likelihood of a bit -" in notice for notice in notices)
