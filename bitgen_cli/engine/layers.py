@@ -450,8 +450,8 @@ class Block(nn.Module):
         h = modulated_norm(x, scale1, shift1, self._dtype)
         x = self._add(x, drop_path(self.self_attention(h, layout), self_kept), gamma1)
         texts = [self.cross_attention.text_kv(text, mask)] if isinstance(text, Tensor) else text
-        text_part = self.cross_attention(self._before_text(x), texts, layout.counts)
-        return self._ffn(x + drop_path(text_part, cross_kept), gamma2, scale2, shift2, ffn_kept)
+        x = x + drop_path(self.cross_attention(self._before_text(x), texts, layout.counts), cross_kept)
+        return self._ffn(x, gamma2, scale2, shift2, ffn_kept)
 
     def step(
         self, x: Tensor, modulation: Tensor, text: TextKV, rope: Rope, cache: KVCache, block: int, positions: slice
