@@ -44,6 +44,10 @@ def plain_rotate(x: Tensor, rope: layers.Rope) -> Tensor:
     return torch.stack((a * rope.cos - b * rope.sin, a * rope.sin + b * rope.cos), dim=-1).flatten(-2)
 
 
+def plain_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
 def plain_block(
     block: layers.Block,
     x: Tensor,
@@ -99,10 +103,12 @@ def plain_draw(
     keys, values = (heads_first(part, pool.heads) for part in F.linear(features, pool.kv.weight, bias).chunk(2, dim=-1))
     queries = pool.query.unsqueeze(2).expand(2 * batch, -1, -1, -1)
     pooled = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(1, 2).flatten(1)
-    pooled = pool.proj(pooled)
-    modulation = transformer.modulation(F.silu(pooled)).float().unflatten(-1, (6, -1)).unsqueeze(1)
-    head_scale, head_shift = transformer.head_modulation(F.silu(pooled)).float()[:, None].chunk(2, dim=-1)
-    projected = transformer.text_proj(features)
+    pooled = plain_linear(pool.proj, pooled)
+    modulation = plain_linear(transformer.modulation, F.silu(pooled)).float().unflatten(-1, (6, -1)).unsqueeze(1)
+    head_modulation = plain_linear(transformer.head_modulation, F.silu(pooled)).float()[:, None]
+    head_scale, head_shift = head_modulation.chunk(2, dim=-1)
+    widen, activate, mix = transformer.text_proj
+    projected = plain_linear(mix, activate(plain_linear(widen, features)))
 
     generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
     caches: list[tuple[Tensor, Tensor] | None] = [None] * geometry.depth
@@ -113,14 +119,14 @@ def plain_draw(
             x = pooled.float()[:, None] + transformer.start
         else:
             seen = to_positions(pyramid.next_input(total, scales.latent_sizes[k]), scales.cell)
-            x = transformer.bit_embedding(seen.repeat(2, 1, 1).to(transformer.dtype)).float()
+            x = plain_linear(transformer.bit_embedding, seen.repeat(2, 1, 1).to(transformer.dtype)).float()
         x = x + transformer.scale_embedding.weight[k]
         rope = layers.rope_table(scales, geometry.width // geometry.heads, x.device)[scales.slices[k]]
         for index, block in enumerate(transformer.blocks):
             block = cast(layers.Block, block)
             x, caches[index] = plain_block(block, x, modulation, projected, mask, rope, caches[index])
         h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (head_scale + 1) + head_shift
-        conditional, unconditional = transformer.head(h).chunk(2)
+        conditional, unconditional = plain_linear(transformer.head, h).chunk(2)
         logits = GUIDANCE * conditional + (1 - GUIDANCE) * unconditional
         logits_of_scales.append(logits)
         if given is None:

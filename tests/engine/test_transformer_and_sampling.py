@@ -13,6 +13,7 @@ from bitgen_cli.engine.layers import rope_table, rotate
 from bitgen_cli.engine.pyramid import inputs_from_bits
 from bitgen_cli.engine.sampling import SamplingPlan, bit_probabilities, draw_bits, guide, plan, temperatures
 from bitgen_cli.errors import UsageError
+from tests.benchmarks.sampling import GUIDANCE, plain_draw
 
 ROUNDING = {"atol": 2e-5, "rtol": 0.0}
 """The same sums in another order, float32."""
@@ -31,6 +32,35 @@ def test_step_equals_forward(patchify: bool, lengths: tuple[int, int]) -> None:
     for k, positions in enumerate(schedule.slices):
         seen = None if k == 0 else to_positions(grids[k - 1], schedule.cell)
         torch.testing.assert_close(model.step(k, seen, condition, schedule, cache), whole[:, positions], **ROUNDING)
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX2", reason="few rows were measured on processors with AVX2 alone"
+)
+@torch.inference_mode()
+def test_what_a_prompt_becomes_does_not_hang_on_its_company() -> None:
+    """To the last bit: few rows are computed as many are."""
+    model, text = tiny.transformer(tiny.config()), tiny.text(9)
+    together = model.condition(text)
+    for row in range(9):
+        at = slice(row, row + 1)
+        alone, expected = model.condition(text.part(at)), together.part(at)
+        assert torch.equal(alone.pooled, expected.pooled)
+        assert torch.equal(alone.modulation, expected.modulation)
+        assert torch.equal(alone.head_modulation, expected.head_modulation)
+        for one, other in zip(alone.text, expected.text, strict=True):
+            assert torch.equal(one.keys, other.keys)
+            assert torch.equal(one.values, other.values)
+
+
+def test_what_benchmarks_measure_against_predicts_the_same() -> None:
+    config = tiny.config()
+    model, schedule = tiny.transformer(config), scales.schedule(config.scales, patchify=False)
+    seen: list[torch.Tensor] = []
+    how = plan(SamplingConfig(cfg=GUIDANCE, tau=1.0), len(schedule))
+    drawn = draw_bits(model, tiny.text(2), schedule, how, [0, 1], on_logits=lambda _, logits: seen.append(logits))
+    for expected, found in zip(seen, plain_draw(model, tiny.text(2), schedule, drawn.bits), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)  # guidance multiplies what is rounded by 5
 
 
 def test_a_scale_does_not_change_the_ones_before_it() -> None:
